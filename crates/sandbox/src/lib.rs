@@ -1,1 +1,4 @@
-//! placeholder
+//! The agentkernel engine.
+#![forbid(unsafe_code)]
+
+pub mod workspace;

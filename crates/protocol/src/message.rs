@@ -1,0 +1,310 @@
+//! What host and guest say to each other. The host opens every stream and sends one [`Request`] first.
+//!
+//! | request | then the host sends | and the guest answers |
+//! |---|---|---|
+//! | [`Request::FileSystem`] | FUSE replies, one a frame | FUSE requests, one a frame |
+//! | [`Request::Configure`] | nothing | one [`Reply`] |
+//! | [`Request::Exec`] | [`ExecInput`] | [`ExecOutput`], the last one `Exited` or `Failed` |
+//! | [`Request::Changes`] | nothing | [`Change`], the last one `End` or `Failed` |
+//! | [`Request::Shutdown`] | nothing | one [`Reply`], then the machine ends |
+
+use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
+
+/// First words of the host after connecting, in a record of their own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`crate::VERSION`] of the host.
+    pub version: u32,
+}
+
+/// The guest's answer to [`Hello`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HelloAnswer {
+    /// [`crate::VERSION`] of the guest.
+    pub version: u32,
+    /// `uname -r` of the guest's kernel.
+    pub kernel: String,
+}
+
+/// First message of each stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// From here on the stream carries FUSE messages of the file system `tag`.
+    FileSystem {
+        /// Name by which [`Configure`] refers to it: ASCII letters, digits and `-`.
+        tag: String,
+        /// Mount it read-only (the host refuses writes besides).
+        read_only: bool,
+    },
+    /// Assemble the root file system and the identity of the machine; once per machine.
+    Configure(Box<Configure>),
+    /// Run a program.
+    Exec(Box<Exec>),
+    /// List what was changed in the copy-on-write mount with this index in [`Configure::mounts`].
+    Changes {
+        /// Index in [`Configure::mounts`].
+        mount: u32,
+    },
+    /// End all processes, write everything to the disks, end the machine.
+    Shutdown {
+        /// Time between SIGTERM and SIGKILL, milliseconds.
+        grace_ms: u32,
+    },
+}
+
+/// Answer to requests that have a single one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    /// It is done.
+    Done,
+    /// It could not be done.
+    Failed {
+        /// What failed and why, lower case, no final period.
+        message: String,
+    },
+}
+
+/// Everything a freshly booted machine must be told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Configure {
+    /// Host name, also written to `/etc/hostname`.
+    pub hostname: String,
+    /// Wall clock, nanoseconds since the epoch.
+    pub unix_time_ns: u64,
+    /// Fresh randomness of the host for the guest's pool; the pool is reseeded before any process runs.
+    pub entropy: ByteBuf,
+    /// Content of `/etc/machine-id`: 32 hexadecimal digits.
+    pub machine_id: String,
+    /// The lower layer of `/`.
+    pub root: Root,
+    /// Where writes go.
+    pub writable: Writable,
+    /// Mounts above the root, in this order.
+    pub mounts: Vec<Mount>,
+    /// Directories to make, with their missing parents (0755, root), after the mounts; an existing one is kept.
+    pub directories: Vec<Directory>,
+    /// Files to write after the directories, replacing what is there.
+    pub files: Vec<File>,
+}
+
+/// The lower, read-only layer of the root file system.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Root {
+    /// A file system served by the host.
+    FileSystem {
+        /// Its tag.
+        tag: String,
+    },
+    /// An EROFS image on a block device.
+    Disk {
+        /// Serial number of the device (`/sys/block/*/serial`).
+        serial: String,
+    },
+}
+
+/// Where the writes of the guest go.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Writable {
+    /// An ext4 file system on a block device.
+    Disk {
+        /// Serial number of the device (`/sys/block/*/serial`).
+        serial: String,
+    },
+}
+
+/// A directory of the host inside the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// The served file system.
+    pub tag: String,
+    /// Absolute path in the guest; made if missing.
+    pub target: ByteBuf,
+    /// What becomes of writes.
+    pub mode: MountMode,
+}
+
+/// What becomes of writes below a mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MountMode {
+    /// They are refused.
+    ReadOnly,
+    /// They reach the host.
+    ReadWrite,
+    /// They stay in the guest's writable layer, listed by [`Request::Changes`].
+    CopyOnWrite,
+}
+
+/// A directory to make.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Directory {
+    /// Absolute path.
+    pub path: ByteBuf,
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+/// A file to write.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct File {
+    /// Absolute path.
+    pub path: ByteBuf,
+    /// Permission bits.
+    pub mode: u32,
+    /// The whole content.
+    pub content: ByteBuf,
+}
+
+/// A program to run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exec {
+    /// Program and arguments; a program without `/` is searched in the `PATH` of `environment`.
+    pub arguments: Vec<ByteBuf>,
+    /// The whole environment; `HOME` and `USER` are added from the guest's `/etc/passwd` where missing.
+    pub environment: Vec<(ByteBuf, ByteBuf)>,
+    /// Working directory, absolute.
+    pub directory: ByteBuf,
+    /// `NAME|UID[:NAME|GID]` as in a Dockerfile's `USER`, resolved in the guest; empty for root.
+    pub user: String,
+    /// A terminal of this size instead of three pipes.
+    pub terminal: Option<WindowSize>,
+    /// Kill the whole process tree after this time, milliseconds.
+    pub timeout_ms: Option<u64>,
+}
+
+/// Size of a terminal, characters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WindowSize {
+    /// Rows.
+    pub rows: u16,
+    /// Columns.
+    pub columns: u16,
+}
+
+/// What the host sends to a running program.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExecInput {
+    /// Bytes for standard input.
+    Stdin(ByteBuf),
+    /// Standard input has ended.
+    StdinEnd,
+    /// The terminal has a new size.
+    Resize(WindowSize),
+    /// Send this signal to the program's process group.
+    Signal(i32),
+    /// Kill the whole process tree.
+    Kill,
+}
+
+/// What a running program sends back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExecOutput {
+    /// It runs.
+    Started {
+        /// Its process id in the guest.
+        pid: u32,
+    },
+    /// Bytes of standard output, or of the terminal.
+    Stdout(ByteBuf),
+    /// Bytes of standard error.
+    Stderr(ByteBuf),
+    /// It ended; the last message.
+    Exited(Exit),
+    /// It could not be started; the last message.
+    Failed {
+        /// Which kind.
+        kind: ExecFailure,
+        /// What failed and why, lower case, no final period.
+        message: String,
+    },
+}
+
+/// How a program ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// Code or signal.
+    pub status: ExitStatus,
+    /// The deadline killed it.
+    pub timed_out: bool,
+    /// The guest's kernel killed processes for want of memory while it ran.
+    pub out_of_memory: bool,
+}
+
+/// Code or signal of an ended program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExitStatus {
+    /// It exited with this code.
+    Code(u8),
+    /// This signal killed it.
+    Signal(u8),
+}
+
+/// Why a program could not be started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExecFailure {
+    /// There is no such program.
+    NotFound,
+    /// It is there but cannot be executed.
+    NotExecutable,
+    /// The user or group does not exist in the guest.
+    UnknownUser,
+    /// The working directory cannot be entered.
+    Directory,
+    /// Anything else, such as no memory for another process.
+    Other,
+}
+
+/// One entry of a copy-on-write mount's upper layer. Parents come before children.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Change {
+    /// The path of the lower layer is gone.
+    Removed {
+        /// Relative to the mount.
+        path: ByteBuf,
+    },
+    /// A directory exists here, new or changed.
+    Directory {
+        /// Relative to the mount.
+        path: ByteBuf,
+        /// Permission bits.
+        mode: u32,
+        /// Nothing of the lower layer shows through.
+        opaque: bool,
+    },
+    /// A regular file; [`Change::Data`] with `size` bytes in all follow.
+    File {
+        /// Relative to the mount.
+        path: ByteBuf,
+        /// Permission bits.
+        mode: u32,
+        /// Bytes that follow.
+        size: u64,
+        /// Last modification, nanoseconds since the epoch.
+        modified_ns: i64,
+    },
+    /// The next bytes of the last file.
+    Data(ByteBuf),
+    /// A symbolic link.
+    Symlink {
+        /// Relative to the mount.
+        path: ByteBuf,
+        /// Where it points, as stored.
+        target: ByteBuf,
+    },
+    /// A device node, FIFO or socket, which never leaves the guest.
+    Special {
+        /// Relative to the mount.
+        path: ByteBuf,
+    },
+    /// That was all.
+    End,
+    /// The listing could not be completed.
+    Failed {
+        /// What failed and why, lower case, no final period.
+        message: String,
+    },
+}

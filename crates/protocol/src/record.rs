@@ -129,12 +129,12 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Port<T> {
     fn poll_record(&mut self, context: &mut Context<'_>) -> Poll<Result<(Header, Vec<u8>), Error>> {
         loop {
             let available = &self.input[self.start..];
-            if let Some(header) = parse(available)? {
-                if let Some(payload) = available.get(HEADER..HEADER + header.length) {
-                    let payload = payload.to_vec();
-                    self.start += HEADER + header.length;
-                    return Poll::Ready(Ok((header, payload)));
-                }
+            if let Some(header) = parse(available)?
+                && let Some(payload) = available.get(HEADER..HEADER + header.length)
+            {
+                let payload = payload.to_vec();
+                self.start += HEADER + header.length;
+                return Poll::Ready(Ok((header, payload)));
             }
             ready!(self.poll_fill(context))?;
         }
@@ -193,26 +193,26 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncRead for Session<'_, T> {
                 this.left -= count;
                 return Poll::Ready(Ok(()));
             }
-            if this.left == 0 {
-                if let Some(header) = parse(available)? {
-                    if header.epoch > this.port.epoch {
-                        // Left in place for `Port::accept`.
-                        return Poll::Ready(Err(ErrorKind::ConnectionReset.into()));
-                    }
-                    if header.epoch < this.port.epoch {
-                        ready!(this.port.poll_record(context))?;
-                        continue;
-                    }
-                    if header.kind != Kind::Data {
-                        return Poll::Ready(Err(Error::new(
-                            ErrorKind::InvalidData,
-                            "a greeting inside a session",
-                        )));
-                    }
-                    this.port.start += HEADER;
-                    this.left = header.length;
+            if this.left == 0
+                && let Some(header) = parse(available)?
+            {
+                if header.epoch > this.port.epoch {
+                    // Left in place for `Port::accept`.
+                    return Poll::Ready(Err(ErrorKind::ConnectionReset.into()));
+                }
+                if header.epoch < this.port.epoch {
+                    ready!(this.port.poll_record(context))?;
                     continue;
                 }
+                if header.kind != Kind::Data {
+                    return Poll::Ready(Err(Error::new(
+                        ErrorKind::InvalidData,
+                        "a greeting inside a session",
+                    )));
+                }
+                this.port.start += HEADER;
+                this.left = header.length;
+                continue;
             }
             ready!(this.port.poll_fill(context))?;
         }

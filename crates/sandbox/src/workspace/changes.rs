@@ -317,6 +317,10 @@ impl ChangeSet {
         &self.directory
     }
 
+    pub(super) fn content_path(&self) -> PathBuf {
+        self.directory.join(CONTENT)
+    }
+
     /// The set moved there, whole.
     pub(super) fn moved_to(&mut self, directory: PathBuf) {
         self.directory = directory;

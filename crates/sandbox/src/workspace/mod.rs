@@ -6,6 +6,7 @@
 //!                                               └--> apply --> the host's tree
 //! ```
 
+mod apply;
 mod base;
 mod changes;
 mod guard;
@@ -13,6 +14,10 @@ mod path;
 mod record;
 mod tree;
 
+pub use apply::{
+    Applied, ApplyAction, ApplyError, ApplyFailure, ApplyOptions, ApplyReport, Conflict, ConflictReason,
+    HeldBack, apply, repair_apply,
+};
 pub use base::{Base, BaseTable};
 pub use changes::{
     Change, ChangeKind, ChangeSet, ChangeSetError, ChangeStatus, ChangeSummary, ContentReader,

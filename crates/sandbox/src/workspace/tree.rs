@@ -117,6 +117,11 @@ impl Tree {
         Ok(names)
     }
 
+    /// Opens directory `path` so that its permissions can be set.
+    pub(super) fn open_directory(&self, path: &RelativePath) -> io::Result<OwnedFd> {
+        Ok(self.open_beneath(path.as_path(), OFlags::RDONLY | DIRECTORY)?)
+    }
+
     /// Everything below directory `path`, without following links, parents first, at most `limit` paths.
     pub(super) fn walk(
         &self,

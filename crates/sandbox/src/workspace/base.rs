@@ -57,6 +57,15 @@ impl BaseTable {
         }
     }
 
+    /// Sets the base of `path` after the host's version was replaced on the guest's behalf; `None`: it is gone.
+    pub fn replace(&self, path: &Path, base: Option<Base>) {
+        let mut entries = self.entries.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        match base {
+            Some(base) => drop(entries.insert(path.to_owned(), base)),
+            None => drop(entries.remove(path)),
+        }
+    }
+
     /// The base of `path`, if the path was ever served.
     pub fn get(&self, path: &Path) -> Option<Base> {
         let entries = self.entries.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

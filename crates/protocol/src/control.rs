@@ -1,6 +1,8 @@
 //! What a client says to a sandbox's supervisor over its control socket, and what comes back.
 //!
-//! The client sends one [`ControlRequest`] per connection. An execution then speaks the guest's own
+//! Whoever starts a supervisor holds its lease, a socket: [`Event`]s come over it, [`LeaseInput`] may be sent, and its
+//! end, however it comes, ends the sandbox. On the control socket a client sends one [`ControlRequest`] per connection.
+//! An execution then speaks the guest's own
 //! [`ExecInput`](crate::message::ExecInput) and [`ExecOutput`](crate::message::ExecOutput): the supervisor relays.
 
 use serde::{Deserialize, Serialize};
@@ -10,9 +12,6 @@ use crate::message::Exec;
 /// First message of a connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ControlRequest {
-    /// Hold the sandbox's lease: [`Event`]s come back, [`LeaseInput`] may be sent, and the end of this connection, however it comes,
-    /// ends the sandbox.
-    Lease,
     /// Run a program.
     Exec(Box<Exec>),
 }

@@ -1,5 +1,31 @@
-//! The agentkernel engine.
+//! The agentkernel engine: what a sandbox is, how one lives, and what the guest may see of the host.
+//!
+//! ```text
+//! client (CLI, later the server)                         supervisor, one process a sandbox
+//! launch ─► spec ─► client::Lease ══ lease, control ═══► supervisor ─► machine, file server, change recorder
+//!                        │                                    socket
+//!                        └─► workspace::LastChanges ─► apply ─► the host's tree
+//! ```
+//! The library never reads the environment, the terminal or the home directory: callers pass them in.
 #![forbid(unsafe_code)]
 
+pub mod client;
+mod collect;
+mod disk;
+mod exports;
 pub mod files;
+pub mod launch;
+mod problem;
+pub mod project;
+pub mod setup;
+pub mod spec;
+pub mod state;
+pub mod supervisor;
 pub mod workspace;
+
+/// The hidden verb that becomes a machine's process.
+pub mod jail {
+    pub use agentkernel_machine::jail::{VERB, main};
+}
+
+pub use problem::{Problem, io, os, plain, problem};

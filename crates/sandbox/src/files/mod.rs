@@ -26,6 +26,8 @@ mod view;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use view::host_image::SYSTEM as SYSTEM_DIRECTORIES;
+
 pub use export::{Access, Entry, Export, ExportError, HostImageOptions};
 pub use server::FileServer;
 pub use toolchains::toolchains_under;

@@ -16,7 +16,7 @@ use rustix::fs::FileType;
 use super::{Facts, Listing, secrets};
 
 /// What of `/` is shown, relative to it.
-const SYSTEM: &[&str] =
+pub(crate) const SYSTEM: &[&str] =
     &["usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "opt", "etc", "var/lib/dpkg", "var/lib/apt"];
 
 /// The mode of passages: whoever the guest's user is, the way down is open.

@@ -1,0 +1,221 @@
+//! Runs one program in a sandbox with this process's own standard streams, terminal and signals.
+//!
+//! ```text
+//! stdin ──► inputs ─┐                           ┌─► stdout
+//! signals, sizes ───┴─► sender ══ guest ══► receiver ─► stderr
+//! ```
+
+use std::io::ErrorKind;
+
+use agentkernel_protocol::frame::CHUNK;
+use agentkernel_protocol::message::{Exec, ExecFailure, ExecInput, ExecOutput, Exit, ExitStatus};
+use agentkernel_sandbox::client::{ExecutionInput, ExecutionOutput, Lease};
+use agentkernel_sandbox::{Problem, problem};
+use serde_bytes::ByteBuf;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
+
+use crate::terminal::{self, RawMode};
+
+/// How the program ended, or why it never began.
+pub(super) enum Ended {
+    Exited(Exit),
+    NotStarted { kind: ExecFailure, message: String },
+    /// The person at the terminal interrupted twice, or agentkernel was told to end.
+    Abandoned { signal: u8 },
+}
+
+impl Ended {
+    /// The exit code of `run`.
+    pub(super) fn code(&self) -> u8 {
+        match self {
+            Self::Exited(Exit { timed_out: true, .. }) => 124,
+            Self::Exited(Exit { status: ExitStatus::Code(code), .. }) => *code,
+            Self::Exited(Exit { status: ExitStatus::Signal(signal), .. }) | Self::Abandoned { signal } => {
+                128u8.saturating_add(*signal)
+            }
+            Self::NotStarted { kind: ExecFailure::NotFound, .. } => 127,
+            Self::NotStarted { kind: ExecFailure::NotExecutable, .. } => 126,
+            Self::NotStarted { .. } => 125,
+        }
+    }
+}
+
+/// Output kept in memory for `--json`, bounded.
+#[derive(Default)]
+pub(super) struct Captured {
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+    /// Both as they came.
+    pub output: Vec<u8>,
+    /// Bytes beyond [`Captured::LIMIT`], left out.
+    pub omitted: u64,
+}
+
+impl Captured {
+    /// Bytes kept of both streams together.
+    const LIMIT: usize = 64 << 20;
+
+    fn take(&mut self, bytes: &[u8], error: bool) {
+        let room = Self::LIMIT.saturating_sub(self.output.len()).min(bytes.len());
+        self.omitted += (bytes.len() - room) as u64;
+        self.output.extend_from_slice(&bytes[..room]);
+        if error { &mut self.stderr } else { &mut self.stdout }.extend_from_slice(&bytes[..room]);
+    }
+}
+
+/// Where the program's output goes.
+pub(super) enum Sink<'a> {
+    Streams,
+    Capture(&'a mut Captured),
+}
+
+/// Runs `exec` to its end.
+///
+/// # Errors
+/// If the sandbox dies first.
+pub(super) async fn execute(lease: &mut Lease, exec: Exec, sink: Sink<'_>) -> Result<Ended, Problem> {
+    let interactive = exec.terminal.is_some() && terminal::is_interactive();
+    let execution = lease.exec(exec).await?;
+    let _raw = if interactive { RawMode::enter() } else { None };
+    let (sender, receiver) = mpsc::channel(4);
+    let input = tokio::spawn(send_inputs(execution.input, receiver));
+    let stdin = tokio::spawn(read_stdin(sender.clone()));
+    let ended = tokio::select! {
+        result = receive(execution.output, sink, &sender) => result,
+        signal = watch_signals(&sender, interactive) => Ok(Ended::Abandoned { signal }),
+    };
+    stdin.abort();
+    input.abort();
+    match ended {
+        Ok(ended) => Ok(ended),
+        Err(Broken::Stream(_)) => Err(lease.failure().await),
+        Err(Broken::Output(error)) => Err(problem("output", &error, None)),
+    }
+}
+
+enum Broken {
+    Stream(agentkernel_protocol::frame::FrameError),
+    Output(std::io::Error),
+}
+
+async fn send_inputs(mut input: ExecutionInput, mut inputs: mpsc::Receiver<ExecInput>) {
+    while let Some(message) = inputs.recv().await {
+        // A program that has ended needs no input.
+        if input.send(&message).await.is_err() {
+            return;
+        }
+    }
+    // Dropping `input` would kill the program; it lives until the task is aborted.
+    std::future::pending::<()>().await;
+}
+
+async fn read_stdin(inputs: mpsc::Sender<ExecInput>) {
+    let mut stdin = tokio::io::stdin();
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        let message = match stdin.read(&mut buffer).await {
+            Ok(0) | Err(_) => ExecInput::StdinEnd,
+            Ok(count) => ExecInput::Stdin(ByteBuf::from(&buffer[..count])),
+        };
+        let last = message == ExecInput::StdinEnd;
+        if inputs.send(message).await.is_err() || last {
+            return;
+        }
+    }
+}
+
+async fn receive(
+    mut output: ExecutionOutput,
+    mut sink: Sink<'_>,
+    inputs: &mpsc::Sender<ExecInput>,
+) -> Result<Ended, Broken> {
+    let mut stdout = Some(tokio::io::stdout());
+    let mut stderr = Some(tokio::io::stderr());
+    loop {
+        match output.next().await.map_err(Broken::Stream)? {
+            ExecOutput::Started { .. } => {}
+            ExecOutput::Stdout(bytes) => match &mut sink {
+                Sink::Capture(captured) => captured.take(&bytes, false),
+                Sink::Streams => write(&mut stdout, &bytes, inputs).await?,
+            },
+            ExecOutput::Stderr(bytes) => match &mut sink {
+                Sink::Capture(captured) => captured.take(&bytes, true),
+                Sink::Streams => write(&mut stderr, &bytes, inputs).await?,
+            },
+            ExecOutput::Exited(exit) => return Ok(Ended::Exited(exit)),
+            ExecOutput::Failed { kind, message } => return Ok(Ended::NotStarted { kind, message }),
+        }
+    }
+}
+
+/// Writes to one of our own streams. A reader that went away ends the program as it would have ended here: by SIGPIPE.
+async fn write<W: tokio::io::AsyncWrite + Unpin>(
+    stream: &mut Option<W>,
+    bytes: &[u8],
+    inputs: &mpsc::Sender<ExecInput>,
+) -> Result<(), Broken> {
+    let Some(writer) = stream else { return Ok(()) };
+    let result = match writer.write_all(bytes).await {
+        Ok(()) => writer.flush().await,
+        Err(error) => Err(error),
+    };
+    match result {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => {
+            *stream = None;
+            let _ = inputs.send(ExecInput::Signal(rustix::process::Signal::PIPE.as_raw())).await;
+            Ok(())
+        }
+        Err(error) => Err(Broken::Output(error)),
+    }
+}
+
+/// Passes signals on to the program. Returns the signal that makes this process leave at once: the second interrupt.
+async fn watch_signals(inputs: &mpsc::Sender<ExecInput>, interactive: bool) -> u8 {
+    const INTERRUPT: u8 = 2;
+    const TERMINATE: u8 = 15;
+    const HANGUP: u8 = 1;
+    let mut interrupt = Listener::new(SignalKind::interrupt());
+    let mut terminate = Listener::new(SignalKind::terminate());
+    let mut hangup = Listener::new(SignalKind::hangup());
+    let mut resize = Listener::new(SignalKind::window_change());
+    let mut asked = false;
+    loop {
+        let signal = tokio::select! {
+            () = interrupt.next() => INTERRUPT,
+            () = terminate.next() => TERMINATE,
+            () = hangup.next() => HANGUP,
+            () = resize.next() => {
+                if interactive {
+                    let _ = inputs.try_send(ExecInput::Resize(terminal::size()));
+                }
+                continue;
+            }
+        };
+        // An input queue that is full means a program that reads nothing: then there is no gentle way.
+        if asked || inputs.try_send(ExecInput::Signal(i32::from(signal))).is_err() {
+            return signal;
+        }
+        asked = true;
+    }
+}
+
+/// A signal's stream; one that cannot be listened to never fires.
+struct Listener(Option<Signal>);
+
+impl Listener {
+    fn new(kind: SignalKind) -> Self {
+        Self(signal(kind).ok())
+    }
+
+    async fn next(&mut self) {
+        match &mut self.0 {
+            Some(signal) => {
+                signal.recv().await;
+            }
+            None => std::future::pending().await,
+        }
+    }
+}

@@ -1,0 +1,27 @@
+//! The hidden verbs by which this program starts its own supervisors and jails.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use agentkernel_sandbox::{client, jail, supervisor};
+
+use crate::ui;
+
+/// Runs a hidden verb if one was asked for.
+pub(crate) fn dispatch() -> Option<ExitCode> {
+    let mut arguments = std::env::args_os().skip(1);
+    let verb = arguments.next()?;
+    if verb == jail::VERB {
+        return Some(jail::main(arguments.collect()));
+    }
+    if verb == client::SUPERVISE_VERB {
+        ui::start_logging(false);
+        let directory = arguments.next().map(PathBuf::from)?;
+        // Whoever holds the lease was told what went wrong.
+        return Some(match supervisor::main(directory) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        });
+    }
+    None
+}

@@ -1,0 +1,117 @@
+//! What people read: notes and errors on stderr, data on stdout, and nothing anywhere else.
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use agentkernel_sandbox::Problem;
+use serde::Serialize;
+
+/// Exit code of agentkernel's own failures in `run`.
+pub(crate) const RUN_FAILED: u8 = 125;
+
+/// Prints an error and its remedy.
+pub(crate) fn error(problem: &Problem) {
+    let mut text = format!("{} {}\n", paint("error:", "1;31"), problem.message);
+    if let Some(hint) = &problem.hint {
+        text.push_str(&format!("{} {hint}\n", paint("hint:", "1;36")));
+    }
+    stderr(&text);
+}
+
+/// Prints a line about what is going on.
+pub(crate) fn note(text: &str) {
+    stderr(&format!("{} {text}\n", paint("agentkernel:", "2")));
+}
+
+/// Writes data to stdout. A reader that went away is no error of ours.
+pub(crate) fn data(text: &str) {
+    let mut stdout = std::io::stdout().lock();
+    let _ = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+}
+
+/// Writes `value` to stdout as indented JSON.
+pub(crate) fn json<T: Serialize>(value: &T) {
+    match serde_json::to_string_pretty(value) {
+        Ok(text) => data(&format!("{text}\n")),
+        Err(problem) => stderr(&format!("error: {problem}\n")),
+    }
+}
+
+/// Prints what clap has to say about the command line: help on stdout, mistakes on stderr with exit code 2, or 125
+/// when `run` was meant, whose codes below that belong to the command.
+pub(crate) fn usage(error: &clap::Error) -> ExitCode {
+    let _ = error.print();
+    match error.exit_code() {
+        0 => ExitCode::SUCCESS,
+        _ if std::env::args_os().nth(1).is_some_and(|verb| verb == "run") => ExitCode::from(RUN_FAILED),
+        _ => ExitCode::from(2),
+    }
+}
+
+/// Sends the libraries' log to stderr: warnings, or everything with `--verbose`.
+pub(crate) fn start_logging(verbose: bool) {
+    let level = if verbose { tracing::Level::DEBUG } else { tracing::Level::WARN };
+    let _ = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .without_time()
+        .with_target(false)
+        .try_init();
+}
+
+/// A line that shows that long work goes on and vanishes when it is over; only on a terminal, only after a moment.
+pub(crate) struct Status {
+    shown: bool,
+    enabled: bool,
+    since: Instant,
+}
+
+impl Status {
+    const PATIENCE: Duration = Duration::from_millis(400);
+
+    pub(crate) fn new(enabled: bool) -> Self {
+        Self { shown: false, enabled: enabled && std::io::stderr().is_terminal(), since: Instant::now() }
+    }
+
+    pub(crate) fn say(&mut self, text: &str) {
+        if self.enabled && (self.shown || self.since.elapsed() >= Self::PATIENCE) {
+            let text: String = text.chars().filter(|character| !character.is_control()).take(76).collect();
+            stderr(&format!("\r\x1b[2K{}", paint(&text, "2")));
+            self.shown = true;
+        }
+    }
+
+    pub(crate) fn clear(&mut self) {
+        if self.shown {
+            stderr("\r\x1b[2K");
+            self.shown = false;
+        }
+    }
+}
+
+impl Drop for Status {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+/// Colours `text` if stderr is a terminal that wants colours.
+pub(crate) fn paint(text: &str, code: &str) -> String {
+    let wanted = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    if wanted { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+}
+
+/// Shows a path of a hostile guest so that it cannot write to the terminal: control characters escaped.
+pub(crate) fn path(path: &std::path::Path) -> String {
+    path.to_string_lossy().chars().flat_map(|character| {
+        let escaped = character.is_control();
+        let plain = (!escaped).then_some(character);
+        plain.into_iter().chain(character.escape_default().filter(move |_| escaped))
+    }).collect()
+}
+
+fn stderr(text: &str) {
+    let _ = std::io::stderr().lock().write_all(text.as_bytes());
+}

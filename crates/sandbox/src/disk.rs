@@ -1,0 +1,101 @@
+//! The writable layer of a sandbox: a sparse ext4 image, made once per size and copied for each sandbox.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::fs::SeekFrom as Region;
+
+use crate::problem::{Problem, io, plain};
+use crate::state::{private_file, random_word};
+
+/// Name of the writable layer in a sandbox's directory.
+pub const FILE_NAME: &str = "disk.ext4";
+/// Bytes of disk for each inode: an agent's `node_modules` has many small files, a full table costs start-up time.
+const BYTES_PER_INODE: u32 = 32 << 10;
+/// Smallest disk that holds the file system's own structures with some use left, MiB.
+pub const SMALLEST_MIB: u64 = 64;
+
+/// Puts a fresh writable layer of `size_mib` MiB at `target`, which must not exist.
+///
+/// # Errors
+/// If `mke2fs` is missing or fails, or the disk is full.
+pub fn create(cache: &Path, size_mib: u64, target: &Path) -> Result<File, Problem> {
+    let template = template(cache, size_mib)?;
+    let what = || format!("write the disk {}", target.display());
+    let mut source = File::open(&template).map_err(io(format!("read {}", template.display())))?;
+    let mut file = private_file().create_new(true).open(target).map_err(io(what()))?;
+    if rustix::fs::ioctl_ficlone(&file, &source).is_err() {
+        copy_sparsely(&mut source, &mut file).map_err(io(what()))?;
+    }
+    Ok(file)
+}
+
+/// Finds or makes the empty file system of this size.
+fn template(cache: &Path, size_mib: u64) -> Result<PathBuf, Problem> {
+    let path = cache.join(format!("ext4-{size_mib}.img"));
+    if path.exists() {
+        return Ok(path);
+    }
+    let draft = cache.join(format!(".new-{}", random_word()));
+    let made = make(&draft, size_mib).and_then(|()| fs::rename(&draft, &path).map_err(io("name a new disk")));
+    if made.is_err() {
+        let _ = fs::remove_file(&draft);
+    }
+    made.map(|()| path)
+}
+
+fn make(path: &Path, size_mib: u64) -> Result<(), Problem> {
+    let file = private_file().create_new(true).open(path).map_err(io("make a disk"))?;
+    file.set_len(size_mib << 20).map_err(io("make a disk"))?;
+    let program = ["/usr/sbin/mke2fs", "/sbin/mke2fs", "/usr/bin/mke2fs"].iter().find(|path| Path::new(path).exists());
+    let Some(program) = program else {
+        let hint = "apt-get install e2fsprogs";
+        return Err(plain("mke2fs-missing", "mke2fs, which makes the sandboxes' disks, is not installed", Some(hint)));
+    };
+    let journal_mib = (size_mib / 64).clamp(4, 16);
+    let output = Command::new(program)
+        .args(["-q", "-F", "-t", "ext4", "-m", "0", "-i", &BYTES_PER_INODE.to_string()])
+        .args(["-J", &format!("size={journal_mib}")])
+        .args(["-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0"])
+        .arg(path)
+        .env_clear()
+        .stdin(Stdio::null())
+        .output()
+        .map_err(io(format!("run {program}")))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(plain("mke2fs-failed", format!("mke2fs failed ({}): {}", output.status, said.trim()), None))
+}
+
+/// Copies the regions that hold data; the rest stays a hole.
+fn copy_sparsely(source: &mut File, target: &mut File) -> std::io::Result<()> {
+    let length = source.metadata()?.len();
+    target.set_len(length)?;
+    let mut buffer = vec![0; 256 << 10];
+    let mut position = 0;
+    while position < length {
+        let start = match rustix::fs::seek(&*source, Region::Data(position)) {
+            Ok(start) => start,
+            Err(rustix::io::Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        let end = rustix::fs::seek(&*source, Region::Hole(start))?;
+        source.seek(SeekFrom::Start(start))?;
+        target.seek(SeekFrom::Start(start))?;
+        position = start;
+        while position < end {
+            let want = buffer.len().min(usize::try_from(end - position).unwrap_or(usize::MAX));
+            let count = source.read(&mut buffer[..want])?;
+            if count == 0 {
+                return Ok(());
+            }
+            target.write_all(&buffer[..count])?;
+            position += count as u64;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,65 @@
+//! Starts the machine a spec describes.
+
+use std::fs::File;
+use std::path::Path;
+
+use agentkernel_machine::Machine;
+use agentkernel_machine::accelerator::{self, Accelerator};
+use agentkernel_machine::kernel;
+use agentkernel_machine::qemu::{self, Disk, DiskDurability, MachineConfig};
+use tokio::net::UnixStream;
+
+use crate::problem::{Problem, io, plain, problem};
+use crate::spec::{Image, Spec};
+use crate::state::SandboxDirectory;
+use crate::{disk, state};
+
+/// Serial number of the disk that holds an image's root file system.
+pub(super) const IMAGE_SERIAL: &str = "image";
+/// Serial number of the writable layer.
+pub(super) const WRITABLE_SERIAL: &str = "writable";
+
+/// A machine that was started, and the stream to its agent.
+pub(super) struct Started {
+    pub machine: Box<dyn Machine>,
+    pub stream: UnixStream,
+    pub accelerator: Accelerator,
+}
+
+/// Starts the machine of `spec`, whose process keeps `lock` open as long as it lives.
+pub(super) async fn start(spec: &Spec, directory: &SandboxDirectory, lock: &File) -> Result<Started, Problem> {
+    let cache = directory.home().cache();
+    let kernel = kernel::load(&cache, None).map_err(|error| problem("kernel", &error, error.hint()))?;
+    let accelerator = accelerator::detect().accelerator;
+    let lock = lock.try_clone().map_err(io("hand the lock on"))?;
+    let log = directory.path().join("console.log");
+    let console_log = state::private_file().create_new(true).open(&log).map_err(io("open the console's log"))?;
+    let config = MachineConfig {
+        kernel,
+        accelerator,
+        vcpus: spec.vcpus,
+        memory_mib: u32::try_from(spec.memory_mib)
+            .map_err(|_| plain("memory-size", "that is more memory than a machine can have", None))?,
+        disks: disks(spec, directory.path())?,
+        launcher: spec.program.clone(),
+        machine_uid: None,
+        inherit: vec![lock.into()],
+        console_log: Some(console_log),
+        kernel_arguments: Vec::new(),
+    };
+    let machine = qemu::start(config).await.map_err(|error| problem("machine-start", &error, error.hint()))?;
+    let stream = machine.take_stream().ok_or_else(|| plain("machine-start", "the machine has no agent's port", None))?;
+    Ok(Started { machine: Box::new(machine), stream, accelerator })
+}
+
+fn disks(spec: &Spec, directory: &Path) -> Result<Vec<Disk>, Problem> {
+    let writable = directory.join(disk::FILE_NAME);
+    let file = state::private_file().open(&writable).map_err(io(format!("open {}", writable.display())))?;
+    let durability = DiskDurability::Scratch;
+    let mut disks = vec![Disk { file, read_only: false, serial: WRITABLE_SERIAL.into(), durability }];
+    if let Image::Disk { path, .. } = &spec.image {
+        let file = File::open(path).map_err(io(format!("open {}", path.display())))?;
+        disks.push(Disk { file, read_only: true, serial: IMAGE_SERIAL.into(), durability });
+    }
+    Ok(disks)
+}

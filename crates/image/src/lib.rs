@@ -1,1 +1,28 @@
-//! placeholder
+//! OCI images on disk, and the root file systems made from them.
+//!
+//! Flow: [`RootFileSystem::prepare`] opens a layout (a directory or an archive), follows it to
+//! one manifest for `linux/amd64`, verifies every document by digest and size, reads the layers as a stream, merges
+//! them into one tree in memory and writes that tree as a single read-only EROFS image, which is cached by content.
+//!
+//! Everything read is hostile: documents, names, links and sizes are bounded, and no path of an image ever becomes a
+//! path of the host. Nothing needs root and no external program runs.
+
+#![forbid(unsafe_code)]
+
+mod cache;
+mod config;
+mod digest;
+mod error;
+mod layer;
+mod layout;
+mod limits;
+mod prepare;
+mod rootfs;
+
+pub use config::ImageConfig;
+pub use digest::Digest;
+pub use error::ImageError;
+pub use layer::LayerError;
+pub use layout::LayoutError;
+pub use limits::Limits;
+pub use prepare::{PreparedImage, Progress, RootFileSystem, split_reference};

@@ -1,0 +1,159 @@
+//! The JSON documents of an image, OCI and Docker v2: only the fields that matter here.
+//!
+//! Types of our own, because the specification's crate costs half a minute of compiling; unknown fields are ignored,
+//! as the specification asks, and `null` stands for "absent", as Docker writes it.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Deserializer};
+
+use crate::digest::Digest;
+
+/// What an image says about the process to run, as in its configuration's `config` object.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub struct ImageConfig {
+    /// The program that arguments are given to; empty if none is set.
+    #[serde(deserialize_with = "or_default")]
+    pub entrypoint: Vec<String>,
+    /// The default arguments, replaced by those of the user.
+    #[serde(deserialize_with = "or_default")]
+    pub cmd: Vec<String>,
+    /// The environment, each `NAME=value`.
+    #[serde(deserialize_with = "or_default")]
+    pub env: Vec<String>,
+    /// Where the process starts; `None` means `/`.
+    #[serde(deserialize_with = "non_empty")]
+    pub working_dir: Option<String>,
+    /// `user`, `uid`, `user:group` or any mixture with ids; `None` means root.
+    #[serde(deserialize_with = "non_empty")]
+    pub user: Option<String>,
+    /// The signal that asks the process to end, by name or number; `None` means `SIGTERM`.
+    #[serde(deserialize_with = "non_empty")]
+    pub stop_signal: Option<String>,
+    /// Free text by name.
+    #[serde(deserialize_with = "or_default")]
+    pub labels: BTreeMap<String, String>,
+    /// Ports the image listens on, each `80/tcp`.
+    #[serde(deserialize_with = "keys")]
+    pub exposed_ports: Vec<String>,
+    /// Paths the image declares as volumes.
+    #[serde(deserialize_with = "keys")]
+    pub volumes: Vec<String>,
+}
+
+/// A pointer to a blob.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Descriptor {
+    #[serde(default)]
+    pub(crate) media_type: String,
+    pub(crate) digest: Digest,
+    pub(crate) size: u64,
+    #[serde(default, deserialize_with = "or_default")]
+    pub(crate) annotations: BTreeMap<String, String>,
+    #[serde(default)]
+    pub(crate) platform: Option<Platform>,
+}
+
+/// The system a manifest is for.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub(crate) struct Platform {
+    pub(crate) architecture: String,
+    pub(crate) os: String,
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) variant: String,
+}
+
+/// An image index or a Docker manifest list.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Index {
+    pub(crate) schema_version: u32,
+    #[serde(default)]
+    pub(crate) media_type: Option<String>,
+    pub(crate) manifests: Vec<Descriptor>,
+    /// Present only in a document that tries to be two things at once.
+    #[serde(default)]
+    pub(crate) layers: Option<serde::de::IgnoredAny>,
+}
+
+/// An image manifest.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Manifest {
+    pub(crate) schema_version: u32,
+    #[serde(default)]
+    pub(crate) media_type: Option<String>,
+    pub(crate) config: Descriptor,
+    pub(crate) layers: Vec<Descriptor>,
+    /// Present only in a document that tries to be two things at once.
+    #[serde(default)]
+    pub(crate) manifests: Option<serde::de::IgnoredAny>,
+}
+
+/// An image configuration.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct ConfigFile {
+    pub(crate) architecture: String,
+    pub(crate) os: String,
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) config: ImageConfig,
+    pub(crate) rootfs: RootFs,
+}
+
+/// The layers' digests once uncompressed, lowest first.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct RootFs {
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) diff_ids: Vec<Digest>,
+}
+
+/// One image of a `docker save` archive.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct DockerImage {
+    pub(crate) config: String,
+    #[serde(default, deserialize_with = "or_default")]
+    pub(crate) repo_tags: Vec<String>,
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) layers: Vec<String>,
+}
+
+fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(from: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or_default())
+}
+
+fn non_empty<'de, D: Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
+    Ok(Option::<String>::deserialize(from)?.filter(|text| !text.is_empty()))
+}
+
+fn keys<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
+    let map: Option<BTreeMap<String, serde::de::IgnoredAny>> = Option::deserialize(from)?;
+    Ok(map.unwrap_or_default().into_keys().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn null_and_absent_fields_mean_the_same() {
+        let text = r#"{"architecture":"amd64","os":"linux","config":{"Env":null,"Cmd":["sh"],"Entrypoint":null,
+            "User":"","WorkingDir":"/w","ExposedPorts":{"80/tcp":{}},"Labels":null,"OnBuild":null,"Unknown":3},
+            "rootfs":{"type":"layers","diff_ids":null}}"#;
+        let file: ConfigFile = serde_json::from_str(text).unwrap();
+        let expected = ImageConfig {
+            cmd: vec!["sh".into()],
+            working_dir: Some("/w".into()),
+            exposed_ports: vec!["80/tcp".into()],
+            ..ImageConfig::default()
+        };
+        assert_eq!(file.config, expected);
+        let bare: ConfigFile = serde_json::from_str(r#"{"config":null}"#).unwrap();
+        assert_eq!(bare.config, ImageConfig::default());
+    }
+}

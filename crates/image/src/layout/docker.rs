@@ -1,0 +1,53 @@
+//! Archives of `docker save` from before Docker wrote OCI layouts into them: `manifest.json`, a configuration and
+//! layers by member name. The layers' digests are known only uncompressed, from the configuration.
+
+use super::{Image, Layer, Layout, LayoutError, check_layers, check_platform, parse, read_document};
+use crate::config::{ConfigFile, DockerImage};
+use crate::digest::Digest;
+
+/// The image called `tag`, or the only one.
+pub(super) fn image(layout: &Layout, tag: Option<&str>) -> Result<Image, LayoutError> {
+    let images: Vec<DockerImage> = layout.named_document("manifest.json")?;
+    let image = choose(layout, &images, tag)?;
+    let find = |name: &str| {
+        let missing = || LayoutError::Missing { what: name.chars().take(200).collect() };
+        layout.storage.find(name)?.ok_or_else(missing)
+    };
+    let bytes = read_document("configuration", &find(&image.config)?)?;
+    let file: ConfigFile = parse("configuration", &bytes)?;
+    check_platform(&file)?;
+    check_layers(image.layers.len(), file.rootfs.diff_ids.len())?;
+    let layers = image.layers.iter().zip(&file.rootfs.diff_ids).map(|(name, diff_id)| {
+        let section = find(name)?;
+        let size = section.length();
+        Ok(Layer { name: name.chars().take(200).collect(), digest: None, diff_id: *diff_id, size, section })
+    });
+    let layers = layers.collect::<Result<_, LayoutError>>()?;
+    let name = image.repo_tags.first().unwrap_or(&layout.name).clone();
+    Ok(Image { name, digest: Digest::of(&bytes), config: file.config, layers })
+}
+
+fn choose<'a>(
+    layout: &Layout,
+    images: &'a [DockerImage],
+    tag: Option<&str>,
+) -> Result<&'a DockerImage, LayoutError> {
+    let path = || layout.storage.path().to_owned();
+    let names = || images.iter().flat_map(|image| image.repo_tags.iter().cloned()).take(50).collect();
+    match (tag, images) {
+        (_, []) => Err(LayoutError::Empty { path: path() }),
+        (None, [image]) => Ok(image),
+        (None, _) => Err(LayoutError::SeveralImages { path: path(), names: names() }),
+        (Some(tag), _) => {
+            let is_called = |name: &String| {
+                name == tag || name.strip_suffix(tag).is_some_and(|rest| rest.ends_with(['/', ':']))
+            };
+            let mut found = images.iter().filter(|image| image.repo_tags.iter().any(is_called));
+            match (found.next(), found.next()) {
+                (Some(image), None) => Ok(image),
+                (Some(_), Some(_)) => Err(LayoutError::SeveralImages { path: path(), names: names() }),
+                (None, _) => Err(LayoutError::UnknownTag { path: path(), tag: tag.into(), names: names() }),
+            }
+        }
+    }
+}

@@ -152,7 +152,7 @@ fn oci(
     let image = setup::prepare_image(home, reference, progress)?;
     let config = &image.config;
     let mut environment: Vec<(OsString, OsString)> = config
-        .environment
+        .env
         .iter()
         .filter_map(|assignment| assignment.split_once('='))
         .map(|(name, value)| (name.into(), value.into()))
@@ -160,7 +160,7 @@ fn oci(
     if !environment.iter().any(|(name, _)| name == "PATH") {
         environment.push(("PATH".into(), DEFAULT_PATH.into()));
     }
-    let directory = config.working_directory.as_deref().filter(|directory| !matches!(*directory, "" | "/"));
+    let directory = config.working_dir.as_deref().filter(|directory| !matches!(*directory, "" | "/"));
     let directory = directory.map(PathBuf::from).or_else(|| workspace_directory(request));
     let defaults = Defaults {
         entrypoint: config.entrypoint.iter().map(OsString::from).collect(),

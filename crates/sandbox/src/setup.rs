@@ -103,11 +103,22 @@ pub(crate) fn prepare_image(
     let (path, tag) = split_reference(reference);
     let cache = home.cache().join("images");
     std::fs::create_dir_all(&cache).map_err(io(format!("make {}", cache.display())))?;
-    RootFileSystem::prepare(path, tag, &cache, &mut |step| progress(&step.to_string()))
+    RootFileSystem::prepare(&path, tag.as_deref(), &cache, &mut |step| progress(&describe(step)))
         .map_err(|error| problem("image", &error, error.hint()))
 }
 
 /// What the host offers sandboxes, each with a remedy where it lacks something.
 pub fn findings(home: &Home, program: &Path) -> Vec<Finding> {
     agentkernel_machine::findings::findings(&home.cache(), program)
+}
+
+fn describe(step: agentkernel_image::Progress) -> String {
+    let mib = |bytes: u64| bytes >> 20;
+    format!(
+        "unpacking layer {} of {}: {} of {} MiB",
+        step.layer,
+        step.layers,
+        mib(step.bytes),
+        mib(step.total_bytes)
+    )
 }

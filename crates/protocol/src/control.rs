@@ -26,8 +26,6 @@ pub enum LeaseInput {
 /// What the holder of a lease is told.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Event {
-    /// A stage of the start is reached.
-    Progress(String),
     /// Programs can run.
     Ready,
     /// The sandbox could not start, or its machine died; nothing follows.

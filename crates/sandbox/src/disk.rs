@@ -11,17 +11,17 @@ use crate::problem::{Problem, io, plain};
 use crate::state::{private_file, random_word};
 
 /// Name of the writable layer in a sandbox's directory.
-pub const FILE_NAME: &str = "disk.ext4";
+pub(crate) const FILE_NAME: &str = "disk.ext4";
 /// Bytes of disk for each inode: an agent's `node_modules` has many small files, a full table costs start-up time.
 const BYTES_PER_INODE: u32 = 32 << 10;
 /// Smallest disk that holds the file system's own structures with some use left, MiB.
-pub const SMALLEST_MIB: u64 = 64;
+pub(crate) const SMALLEST_MIB: u64 = 64;
 
 /// Puts a fresh writable layer of `size_mib` MiB at `target`, which must not exist.
 ///
 /// # Errors
 /// If `mke2fs` is missing or fails, or the disk is full.
-pub fn create(cache: &Path, size_mib: u64, target: &Path) -> Result<File, Problem> {
+pub(crate) fn create(cache: &Path, size_mib: u64, target: &Path) -> Result<File, Problem> {
     let template = template(cache, size_mib)?;
     let what = || format!("write the disk {}", target.display());
     let mut source = File::open(&template).map_err(io(format!("read {}", template.display())))?;

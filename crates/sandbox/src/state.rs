@@ -108,7 +108,7 @@ impl Home {
     ///
     /// # Errors
     /// Code `name-taken` if there is one already.
-    pub fn create_sandbox(&self, name: &str) -> Result<SandboxDirectory, Problem> {
+    pub fn create_sandbox(&self, name: &str) -> Result<HeldSandbox, Problem> {
         let creation = self.creation_lock()?;
         rustix::fs::flock(&creation, FlockOperation::LockShared).map_err(crate::problem::os("lock the sandboxes"))?;
         let draft = self.sandboxes().join(format!("{NEW_PREFIX}{}", random_word()));

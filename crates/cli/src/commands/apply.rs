@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use agentkernel_sandbox::state::Home;
-use agentkernel_sandbox::workspace::{ApplyAction, ApplyOptions, ApplyReport, LastChanges, apply};
-use agentkernel_sandbox::{Problem, plain, problem};
+use agentkernel_sandbox::workspace::{ApplyAction, ApplyOptions, ApplyReport, LastChanges};
+use agentkernel_sandbox::{Problem, plain, problem, workspace};
 
 use crate::arguments::ApplyArguments;
 use crate::{environment, ui};
@@ -32,7 +32,7 @@ pub(super) fn apply_last(home: &Home, paths: &[PathBuf], dry_run: bool) -> Resul
     let paths: Vec<PathBuf> =
         paths.iter().map(|path| path.strip_prefix(set.workspace()).unwrap_or(path).to_owned()).collect();
     let options = ApplyOptions { named: paths.clone(), paths, exclude: Vec::new(), dry_run };
-    let report = apply::apply(&mut set, &options)
+    let report = workspace::apply(&mut set, &options)
         .map_err(|error| problem("apply", &error, error.hint().map(str::to_owned)))?;
     if set.is_empty() && !dry_run {
         set.discard().map_err(|error| problem("changes", &error, None))?;

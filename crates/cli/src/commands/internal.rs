@@ -12,7 +12,7 @@ pub(crate) fn dispatch() -> Option<ExitCode> {
     let mut arguments = std::env::args_os().skip(1);
     let verb = arguments.next()?;
     if verb == jail::VERB {
-        return Some(jail::main(arguments.collect()));
+        return Some(jail::main());
     }
     if verb == client::SUPERVISE_VERB {
         ui::start_logging(false);

@@ -18,7 +18,7 @@ const RELAY_BUFFER: usize = 64 << 10;
 ///
 /// # Errors
 /// If the guest sends an oversized request or the stream breaks.
-pub async fn serve_files(stream: Stream, server: Arc<FileServer>) -> Result<(), FrameError> {
+pub(super) async fn serve_files(stream: Stream, server: Arc<FileServer>) -> Result<(), FrameError> {
     let (mut reader, mut writer) = tokio::io::split(stream);
     let (replies, mut outgoing) = mpsc::channel::<Vec<u8>>(CONCURRENT_REQUESTS);
     let send = async move {
@@ -51,7 +51,7 @@ pub async fn serve_files(stream: Stream, server: Arc<FileServer>) -> Result<(), 
 }
 
 /// Copies both ways until the guest has said all or the client is gone; what is buffered is bounded by the windows.
-pub async fn relay_execution<C>(client: C, stream: Stream)
+pub(super) async fn relay_execution<C>(client: C, stream: Stream)
 where
     C: AsyncRead + AsyncWrite + Unpin,
 {

@@ -165,7 +165,7 @@ async fn configure(spec: &Spec, exports: &Exports, opener: &Opener) -> Result<()
         });
     }
     let mut stream = opener.open().await.map_err(|error| wire(&error))?;
-    let request = Request::Configure(Box::new(configuration(spec, exports)));
+    let request = Request::Configure(Box::new(configuration(spec)));
     frame::write(&mut stream, &request).await.map_err(|error| wire(&error))?;
     match frame::read::<Reply, _>(&mut stream).await.map_err(|error| wire(&error))? {
         Reply::Done => Ok(()),
@@ -173,7 +173,7 @@ async fn configure(spec: &Spec, exports: &Exports, opener: &Opener) -> Result<()
     }
 }
 
-fn configuration(spec: &Spec, exports: &Exports) -> Configure {
+fn configuration(spec: &Spec) -> Configure {
     let mut entropy = vec![0; 64];
     fill_random(&mut entropy);
     let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();

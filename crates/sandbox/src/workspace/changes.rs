@@ -102,6 +102,13 @@ pub struct ChangeSummary {
     pub directories: usize,
 }
 
+impl ChangeSummary {
+    /// All changed paths, directories included.
+    pub fn total(&self) -> usize {
+        self.added + self.modified + self.removed + self.directories
+    }
+}
+
 impl std::fmt::Display for ChangeSummary {
     /// One line, such as `3 files changed`.
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -240,7 +240,11 @@ pub fn apply(set: &mut ChangeSet, options: &ApplyOptions) -> Result<ApplyReport,
     let mut report = run.report;
     if lock.is_some() {
         let done: HashSet<&RelativePath> = report.applied.iter().map(|applied| &applied.path).collect();
-        set.take_out(|change| done.contains(&change.path))?;
+        match set.take_out(|change| done.contains(&change.path)) {
+            // A newer set took its place meanwhile: there is nothing to take the changes out of.
+            Err(error) if error.is_absent() => {}
+            other => other?,
+        }
         remove_marker(&marker).map_err(ChangeSetError::io(&marker))?;
     }
     report.remaining = set.entries().len();

@@ -1,0 +1,130 @@
+//! What every driver offers: a running machine, whatever it runs on.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio::net::UnixStream;
+
+use crate::jail::Layer;
+
+/// A future of a [`Machine`]'s method; boxed, so that drivers can be told apart at run time.
+pub type Work<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// A machine that was started. Dropping it ends it.
+pub trait Machine: Send + Sync {
+    /// What this driver can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// The ordered byte stream to the agent in the guest. Given once; `None` afterwards. Bytes written before the agent
+    /// listens are kept for it.
+    fn take_stream(&self) -> Option<UnixStream>;
+
+    /// Stops the machine's processors; the guest does not notice.
+    fn pause(&self) -> Work<'_, Result<(), MachineError>>;
+
+    /// Lets a paused machine go on.
+    fn resume(&self) -> Work<'_, Result<(), MachineError>>;
+
+    /// Waits until the machine has ended. May be called any number of times, at any time.
+    fn wait(&self) -> Work<'_, Exit>;
+
+    /// Waits for the machine to end by itself (the agent was asked to shut it down), then ends it.
+    fn stop(&self, deadline: Duration) -> Work<'_, Exit>;
+
+    /// Ends the machine at once, as if its power was cut.
+    fn kill(&self);
+
+    /// What the machine takes from the host now.
+    ///
+    /// # Errors
+    /// [`MachineError::Ended`] once it has ended.
+    fn metrics(&self) -> Result<Metrics, MachineError>;
+
+    /// What the guest's console and the machine's process say about trouble, in a line or two; for a machine that does
+    /// not come up in time, or has ended. The words are the guest's and have been stripped of control characters.
+    fn explain(&self) -> Option<String>;
+
+    /// What the guest wrote to its console, the middle left out if it was too much.
+    fn console(&self) -> Vec<u8>;
+
+    /// Which walls stand around the machine's process.
+    fn layers(&self) -> &[Layer];
+}
+
+/// What a driver can do; what it cannot is refused early.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Capabilities {
+    /// [`Machine::pause`] and [`Machine::resume`].
+    pub pause: bool,
+    /// Saving and restoring memory.
+    pub save: bool,
+    /// The guest has a kernel of its own.
+    pub own_kernel: bool,
+    /// Processors are virtualised by hardware rather than emulated.
+    pub hardware: bool,
+}
+
+/// What a machine takes from the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Metrics {
+    /// Resident memory of its process, in bytes.
+    pub resident_bytes: u64,
+    /// Processor time its process has used since it was started.
+    pub cpu_time: Duration,
+}
+
+/// How a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Exit {
+    /// The kind of end.
+    pub reason: ExitReason,
+    /// What the console or the process said about it, where it is worth saying.
+    pub explanation: Option<String>,
+}
+
+/// Kinds of end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExitReason {
+    /// The guest powered itself off or restarted.
+    Guest,
+    /// The guest's kernel panicked.
+    Panic,
+    /// It was ended by [`Machine::kill`] or the deadline of [`Machine::stop`].
+    Killed,
+    /// Its process was killed by something else.
+    Signal {
+        /// The signal's number.
+        signal: i32,
+    },
+    /// Its process failed.
+    Failed {
+        /// Its exit code.
+        code: i32,
+    },
+    /// The system did not say.
+    Unknown,
+}
+
+/// Why a request to a running machine failed.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// It has ended.
+    #[error("the machine has ended")]
+    Ended,
+    /// It does not answer in time, or not in its protocol.
+    #[error("the machine does not answer: {reason}")]
+    NoAnswer {
+        /// What was expected.
+        reason: String,
+    },
+    /// It refuses.
+    #[error("the machine refuses to {action}: {reason}")]
+    Refused {
+        /// What was asked.
+        action: &'static str,
+        /// Its words.
+        reason: String,
+    },
+}

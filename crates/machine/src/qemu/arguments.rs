@@ -1,0 +1,166 @@
+//! QEMU's command line, and the descriptors it names.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use super::clock::Clock;
+use super::{Disk, DiskDurability, MachineConfig};
+use crate::accelerator::Accelerator;
+use crate::jail::{Argument, FIRST_DESCRIPTOR};
+
+/// The name under which the guest finds the agent's port.
+pub const AGENT_PORT: &str = "org.agentkernel.agent";
+
+/// Translated code kept, in MiB. QEMU's own choice grows with the guest's memory up to 1 GiB.
+const TRANSLATION_MIB: u32 = 256;
+
+/// Kernel options for every guest.
+const KERNEL_OPTIONS: &[&str] = &[
+    "console=ttyS0",
+    // A serial line is slow: only errors are worth their time.
+    "quiet",
+    "loglevel=3",
+    // A panic ends the machine at once, by the one reset that needs no firmware and that QEMU takes for an exit.
+    "panic=-1",
+    "reboot=t",
+    // The timer's wiring is QEMU's; checking it costs 50 ms.
+    "no_timer_check",
+    // Self-tests of ciphers are for kernels that do not come from a distribution.
+    "cryptomgr.notests",
+    // Entropy from the first moment on; both accelerators take RDRAND from the host.
+    "random.trust_cpu=on",
+];
+
+/// Kernel options under emulation, which has no speculation that a guest's processes could watch each other by.
+const EMULATION_OPTIONS: &[&str] = &["mitigations=off"];
+
+/// A command line in the making.
+pub(super) struct Plan {
+    arguments: Vec<Argument>,
+    descriptors: Vec<OwnedFd>,
+    kernel_options: Vec<String>,
+}
+
+impl Plan {
+    pub(super) fn new(config: &MachineConfig) -> Self {
+        let mut kernel_options: Vec<String> =
+            KERNEL_OPTIONS.iter().map(|&option| option.to_owned()).collect();
+        let (accelerator, processor) = match config.accelerator {
+            Accelerator::Kvm => ("kvm".to_owned(), "host"),
+            Accelerator::Tcg => {
+                kernel_options.extend(EMULATION_OPTIONS.iter().map(|&option| option.to_owned()));
+                (format!("tcg,thread=multi,tb-size={TRANSLATION_MIB}"), "max")
+            }
+        };
+        kernel_options.extend(config.kernel_arguments.iter().cloned());
+        let mut plan = Self { arguments: Vec::new(), descriptors: Vec::new(), kernel_options };
+        for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {
+            plan.text(flag);
+        }
+        plan.option("-display", "none");
+        // Distribution kernels find virtio over ACPI only: Debian's ignores virtio devices named on its command line.
+        plan.option("-M", "microvm,acpi=on,usb=off,pcie=off,auto-kernel-cmdline=off");
+        plan.option("-accel", &accelerator);
+        plan.option("-cpu", processor);
+        plan.option("-smp", &config.vcpus.to_string());
+        plan.option("-m", &format!("{}M", config.memory_mib));
+        plan.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+        plan.option("-global", "virtio-mmio.force-legacy=false");
+        plan.option("-object", "rng-builtin,id=entropy");
+        plan.option("-device", "virtio-rng-device,rng=entropy");
+        plan
+    }
+
+    fn text(&mut self, text: &str) {
+        self.arguments.push(Argument::Text(text.to_owned()));
+    }
+
+    fn option(&mut self, name: &str, value: &str) {
+        self.text(name);
+        self.text(value);
+    }
+
+    /// Passes a descriptor on; its number in QEMU.
+    fn descriptor(&mut self, descriptor: OwnedFd) -> usize {
+        self.descriptors.push(descriptor);
+        FIRST_DESCRIPTOR as usize + self.descriptors.len() - 1
+    }
+
+    pub(super) fn sockets(&mut self, qmp: OwnedFd, stream: OwnedFd, serial: OwnedFd) {
+        for (name, socket) in [("qmp", qmp), ("agent", stream), ("console", serial)] {
+            let number = self.descriptor(socket);
+            self.option("-chardev", &format!("socket,id={name},fd={number}"));
+        }
+        self.option("-mon", "chardev=qmp,mode=control");
+        self.option("-serial", "chardev:console");
+        self.option("-device", "virtio-serial-device,max_ports=2");
+        self.option("-device", &format!("virtserialport,chardev=agent,name={AGENT_PORT}"));
+    }
+
+    pub(super) fn boot(&mut self, kernel: OwnedFd, initramfs: OwnedFd, clock: Option<Clock>) {
+        if let Some(clock) = clock {
+            self.kernel_options.push(format!("tsc_early_khz={}", clock.khz));
+            if clock.invariant {
+                self.kernel_options.push("tsc=reliable".to_owned());
+            }
+        }
+        for (name, file) in [("-kernel", kernel), ("-initrd", initramfs)] {
+            self.descriptor(file);
+            self.text(name);
+            self.arguments.push(Argument::Reopen(self.descriptors.len() - 1));
+        }
+        let options = self.kernel_options.join(" ");
+        self.option("-append", &options);
+    }
+
+    pub(super) fn disks(&mut self, disks: Vec<Disk>) {
+        for (index, disk) in disks.into_iter().enumerate() {
+            let number = self.descriptor(disk.file.into());
+            let read_only = if disk.read_only { "on" } else { "off" };
+            let no_flush = if disk.durability == DiskDurability::Scratch { "on" } else { "off" };
+            let common =
+                format!("read-only={read_only},discard=unmap,cache.direct=off,cache.no-flush={no_flush}");
+            self.option("-add-fd", &format!("fd={number},set={index}"));
+            self.option(
+                "-blockdev",
+                &format!(
+                    "driver=file,node-name=file{index},filename=/dev/fdset/{index},locking=off,aio=threads,{common}"
+                ),
+            );
+            self.option("-blockdev", &format!("driver=raw,node-name=disk{index},file=file{index},{common}"));
+            self.option("-device", &format!("virtio-blk-device,drive=disk{index},serial={}", disk.serial));
+        }
+    }
+
+    pub(super) fn finish(mut self, inherit: Vec<OwnedFd>) -> (Vec<Argument>, Vec<OwnedFd>) {
+        self.descriptors.extend(inherit);
+        (self.arguments, self.descriptors)
+    }
+}
+
+/// What QEMU reads: itself, its loader and libraries, its firmware.
+pub(super) fn readable(program: &Path) -> Vec<PathBuf> {
+    let mut paths: Vec<PathBuf> =
+        ["/usr/lib", "/usr/lib64", "/usr/share/qemu", "/usr/share/seabios", "/etc/ld.so.cache"]
+            .into_iter()
+            .map(PathBuf::from)
+            .collect();
+    // Hosts that have not merged /lib into /usr.
+    paths.extend(["/lib", "/lib64"].map(PathBuf::from).into_iter().filter(|path| !path.is_symlink()));
+    // An installation elsewhere brings its own.
+    if let Some(prefix) =
+        program.parent().and_then(Path::parent).filter(|prefix| *prefix != Path::new("/usr"))
+    {
+        paths.extend(["lib", "lib64", "share/qemu", "share/seabios"].map(|folder| prefix.join(folder)));
+    }
+    paths.retain(|path| path.exists());
+    paths
+}
+
+pub(super) fn devices(accelerator: Accelerator) -> Vec<PathBuf> {
+    let mut devices = vec![PathBuf::from("/dev/null"), PathBuf::from("/dev/urandom")];
+    if accelerator == Accelerator::Kvm {
+        devices.push(PathBuf::from("/dev/kvm"));
+    }
+    devices
+}

@@ -1,0 +1,60 @@
+//! The rate of the time-stamp counter, which an emulated guest must be told.
+//!
+//! Emulation hands the host's counter through to the guest, whose kernel measures it against an emulated timer. On a busy
+//! host that measurement fails now and then, and then the kernel waits for ticks of a timer that a machine with ACPI and
+//! without a PIT interrupt never gets: one start in seven hung for ever. Told the rate, it measures nothing.
+
+use std::time::{Duration, Instant};
+
+use crate::accelerator::Accelerator;
+
+/// Two readings this far apart give the rate to some tens of parts in a million.
+const SPAN: Duration = Duration::from_millis(5);
+
+/// What a guest is told about its clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Clock {
+    /// The counter's rate.
+    pub khz: u64,
+    /// It runs at that rate whatever the processor does, the same on each.
+    pub invariant: bool,
+}
+
+/// A first reading, taken while other things are prepared.
+pub(super) struct Measurement {
+    time: Instant,
+    counter: u64,
+}
+
+impl Measurement {
+    pub(super) fn begin() -> Self {
+        Self { time: Instant::now(), counter: counter() }
+    }
+
+    /// The second reading. `None` with hardware virtualisation, where the guest has a paravirtual clock.
+    pub(super) async fn finish(self, accelerator: Accelerator) -> Option<Clock> {
+        if accelerator == Accelerator::Kvm {
+            return None;
+        }
+        tokio::time::sleep(SPAN.saturating_sub(self.time.elapsed())).await;
+        let ticks = counter().wrapping_sub(self.counter);
+        let nanoseconds = self.time.elapsed().as_nanos();
+        let khz = u64::try_from(u128::from(ticks) * 1_000_000 / nanoseconds.max(1)).ok()?;
+        Some(Clock { khz, invariant: is_invariant() }).filter(|clock| clock.khz > 0)
+    }
+}
+
+#[allow(unsafe_code)]
+fn counter() -> u64 {
+    // SAFETY: every x86-64 processor has the instruction, and Linux lets programs use it unless they ask otherwise.
+    unsafe { std::arch::x86_64::_rdtsc() }
+}
+
+fn is_invariant() -> bool {
+    let text = crate::atomic::read(std::path::Path::new("/proc/cpuinfo"), 16 << 20).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let flags = text.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    ["constant_tsc", "nonstop_tsc"]
+        .iter()
+        .all(|flag| flags.split_ascii_whitespace().any(|word| word == *flag))
+}

@@ -1,0 +1,385 @@
+//! The driver for QEMU: `microvm` machines of Debian's `qemu-system-x86_64`, 7.2 and later.
+//!
+//! Everything the process needs reaches it as an open descriptor: QMP, the agent's stream and the console as socket
+//! pairs, disks as descriptor sets, kernel and initramfs as files it may open again. So no socket is left in a file
+//! system, and its uid needs no right to any directory.
+//!
+//! ```text
+//! start ── descriptors, command line ──> jail::spawn ──> qemu
+//!   ├─ task: QMP lines in, answers and events out
+//!   └─ task: console drained into a bounded buffer and log
+//! ```
+
+mod arguments;
+mod clock;
+mod qmp;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::net::UnixStream;
+
+use crate::accelerator::Accelerator;
+use crate::console::{self, Console};
+use crate::jail::{self, Ended, JailConfig, JailError, Jailed, Layer, Limits};
+use crate::kernel::Kernel;
+use crate::machine::{Capabilities, Exit, ExitReason, Machine, MachineError, Metrics, Work};
+use qmp::Qmp;
+
+pub use arguments::AGENT_PORT;
+
+/// The program this driver runs.
+pub const PROGRAM: &str = "qemu-system-x86_64";
+
+/// `microvm` has 24 virtio transports; the port and the entropy source take two.
+const DISK_LIMIT: usize = 16;
+const CPU_LIMIT: u32 = 64;
+/// What a machine needs beside its guest's memory: QEMU itself and its translated code.
+const OVERHEAD_MIB: u64 = 192;
+/// QEMU's libraries, stacks and allocator arenas: address space, not memory.
+const ADDRESS_SPACE_MIB: u64 = 6144;
+
+/// What kind of machine is asked for.
+#[derive(Debug)]
+pub struct MachineConfig {
+    /// What it boots.
+    pub kernel: Kernel,
+    /// How its processors are run.
+    pub accelerator: Accelerator,
+    /// Its processors, at least one.
+    pub vcpus: u32,
+    /// Its memory; taken from the host only as it is used.
+    pub memory_mib: u32,
+    /// Its disks, found in the guest by their serials.
+    pub disks: Vec<Disk>,
+    /// The program whose verb [`jail::VERB`] calls [`jail::main`]: our own.
+    pub launcher: PathBuf,
+    /// The uid of the machine's process when we are root; `None`: one that is drawn by lot.
+    pub machine_uid: Option<u32>,
+    /// Descriptors that the machine's process holds open as long as it lives (locks).
+    pub inherit: Vec<OwnedFd>,
+    /// Where the console is logged: at most 256 KiB of it.
+    pub console_log: Option<File>,
+    /// What is appended to the kernel's command line.
+    pub kernel_arguments: Vec<String>,
+}
+
+/// A disk of a machine.
+#[derive(Debug)]
+pub struct Disk {
+    /// Its content, raw. Opened read-write unless it is read-only.
+    pub file: File,
+    /// The guest cannot write to it.
+    pub read_only: bool,
+    /// How the guest finds it: 1 to 20 ASCII letters, digits, `-` and `_`.
+    pub serial: String,
+    /// What a flush of the guest means.
+    pub durability: DiskDurability,
+}
+
+/// What a guest's flush does on the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskDurability {
+    /// Nothing: the disk does not outlive a crash of the host. For what is thrown away.
+    Scratch,
+    /// The file is synced.
+    Durable,
+}
+
+/// Why a machine was not started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// There is no QEMU.
+    #[error("{PROGRAM} is not installed")]
+    NotInstalled,
+    /// The host has too little memory for it.
+    #[error("the machine needs {needed_mib} MiB of memory and the host has {available_mib} MiB left")]
+    TooLittleMemory {
+        /// What it needs, QEMU included.
+        needed_mib: u64,
+        /// What the host has.
+        available_mib: u64,
+    },
+    /// The configuration cannot be.
+    #[error("there is no machine with {what}")]
+    Config {
+        /// What is wrong.
+        what: String,
+    },
+    /// The accelerator was asked for and is not there.
+    #[error("hardware virtualisation was asked for: {reason}")]
+    NoHardware {
+        /// Why not.
+        reason: String,
+    },
+    /// A file of the machine cannot be opened.
+    #[error("cannot open {}", path.display())]
+    Open {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// No descriptors or memory for the sockets.
+    #[error("cannot make the machine's sockets")]
+    Sockets {
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The process did not start.
+    #[error("cannot start the machine's process")]
+    Jail {
+        /// Why.
+        #[from]
+        source: JailError,
+    },
+}
+
+impl StartError {
+    /// What the user can do about it.
+    #[must_use]
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::NotInstalled => Some("sudo apt-get install qemu-system-x86".to_owned()),
+            Self::TooLittleMemory { .. } => Some("ask for less with --memory".to_owned()),
+            Self::NoHardware { .. } => Some("agentkernel doctor".to_owned()),
+            Self::Open { .. } => Some("agentkernel setup".to_owned()),
+            Self::Config { .. } | Self::Sockets { .. } | Self::Jail { .. } => None,
+        }
+    }
+}
+
+/// Where QEMU is, as `PATH` says.
+#[must_use]
+pub fn find() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|folder| folder.join(PROGRAM)).find(|program| is_program(program))
+}
+
+fn is_program(path: &Path) -> bool {
+    path.is_absolute() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok() && path.is_file()
+}
+
+/// A machine that QEMU runs.
+#[derive(Debug)]
+pub struct QemuMachine {
+    process: Jailed,
+    qmp: Qmp,
+    stream: Mutex<Option<UnixStream>>,
+    console: Arc<Mutex<Console>>,
+    killed: AtomicBool,
+    hardware: bool,
+}
+
+/// Starts a machine. Returns as soon as its process runs; whether the guest comes up is seen on the stream, and
+/// [`Machine::explain`] tells why not. Needs a tokio runtime with I/O and time.
+///
+/// # Errors
+/// [`StartError`]; nothing runs then and nothing is left behind.
+pub async fn start(config: MachineConfig) -> Result<QemuMachine, StartError> {
+    let clock = clock::Measurement::begin();
+    check(&config)?;
+    let program = find().ok_or(StartError::NotInstalled)?;
+    let kernel = open(&config.kernel.vmlinux)?;
+    let initramfs = open(&config.kernel.initramfs)?;
+    let sockets = |source| StartError::Sockets { source };
+    let (qmp, qmp_end) = pair().map_err(sockets)?;
+    let (stream, stream_end) = pair().map_err(sockets)?;
+    let (serial, serial_end) = pair().map_err(sockets)?;
+
+    let mut plan = arguments::Plan::new(&config);
+    plan.sockets(qmp_end.into(), stream_end.into(), serial_end.into());
+    plan.boot(kernel.into(), initramfs.into(), clock.finish(config.accelerator).await);
+    let hardware = config.accelerator == Accelerator::Kvm;
+    let limits = limits(&config);
+    let log = config.console_log;
+    plan.disks(config.disks);
+    let (arguments, descriptors) = plan.finish(config.inherit);
+    let jail = JailConfig {
+        readable: arguments::readable(&program),
+        program: Some(program),
+        launcher: config.launcher,
+        arguments,
+        descriptors,
+        devices: arguments::devices(config.accelerator),
+        identity: config.machine_uid,
+        limits,
+        without: Vec::new(),
+    };
+    let process = jail::spawn(jail).await?;
+    let console = Arc::new(Mutex::new(Console::new(log)));
+    tokio::spawn(console::drain(serial, Arc::clone(&console)));
+    let stream = Mutex::new(Some(stream));
+    Ok(QemuMachine {
+        process,
+        qmp: Qmp::connect(qmp),
+        stream,
+        console,
+        killed: AtomicBool::new(false),
+        hardware,
+    })
+}
+
+fn check(config: &MachineConfig) -> Result<(), StartError> {
+    let refuse = |what: String| Err(StartError::Config { what });
+    if !(1..=CPU_LIMIT).contains(&config.vcpus) {
+        return refuse(format!("{} processors (1 to {CPU_LIMIT})", config.vcpus));
+    }
+    if config.memory_mib < 64 {
+        return refuse(format!("{} MiB of memory (at least 64)", config.memory_mib));
+    }
+    if config.disks.len() > DISK_LIMIT {
+        return refuse(format!("{} disks (at most {DISK_LIMIT})", config.disks.len()));
+    }
+    for disk in &config.disks {
+        let valid = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+        if !(1..=20).contains(&disk.serial.len()) || !disk.serial.bytes().all(valid) {
+            return refuse(format!("a disk of the serial {:?}", disk.serial));
+        }
+    }
+    let needed_mib = u64::from(config.memory_mib) + OVERHEAD_MIB;
+    match available_memory_mib() {
+        Some(available_mib) if available_mib < needed_mib => {
+            Err(StartError::TooLittleMemory { needed_mib, available_mib })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What the host could give without swapping, in MiB.
+pub(crate) fn available_memory_mib() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib >> 10)
+}
+
+fn limits(config: &MachineConfig) -> Limits {
+    let largest = config.disks.iter().filter(|disk| !disk.read_only);
+    let largest = largest.filter_map(|disk| disk.file.metadata().ok()).map(|data| data.len()).max();
+    Limits {
+        file_size_bytes: largest.unwrap_or(0),
+        address_space_bytes: Some((u64::from(config.memory_mib) + ADDRESS_SPACE_MIB) << 20),
+        open_files: 256,
+        processes: 128 + u64::from(config.vcpus),
+    }
+}
+
+fn open(path: &Path) -> Result<File, StartError> {
+    File::open(path).map_err(|source| StartError::Open { path: path.to_owned(), source })
+}
+
+fn pair() -> io::Result<(UnixStream, StdUnixStream)> {
+    let (ours, theirs) = StdUnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    Ok((UnixStream::from_std(ours)?, theirs))
+}
+
+impl QemuMachine {
+    fn exit(&self, ended: &Ended) -> Exit {
+        let console = self.console.lock().unwrap_or_else(PoisonError::into_inner);
+        let status = ended.status;
+        let reason = match status.map(|status| (status.code(), status.signal())) {
+            _ if console.has_panicked() => ExitReason::Panic,
+            Some((Some(0), _)) => ExitReason::Guest,
+            Some((_, Some(9))) if self.killed.load(Ordering::Relaxed) => ExitReason::Killed,
+            Some((_, Some(signal))) => ExitReason::Signal { signal },
+            Some((Some(code), _)) => ExitReason::Failed { code },
+            _ => ExitReason::Unknown,
+        };
+        let words = ended.errors.lines().rev().find(|line| !line.trim().is_empty()).map(console::printable);
+        let explanation = match reason {
+            ExitReason::Failed { .. } | ExitReason::Signal { .. } => words.or_else(|| console.explain()),
+            _ => console.explain().or(words),
+        };
+        Exit { reason, explanation }
+    }
+}
+
+impl Machine for QemuMachine {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { pause: true, save: false, own_kernel: true, hardware: self.hardware }
+    }
+
+    fn take_stream(&self) -> Option<UnixStream> {
+        self.stream.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn pause(&self) -> Work<'_, Result<(), MachineError>> {
+        Box::pin(self.qmp.execute("stop", "pause"))
+    }
+
+    fn resume(&self) -> Work<'_, Result<(), MachineError>> {
+        Box::pin(self.qmp.execute("cont", "resume"))
+    }
+
+    fn wait(&self) -> Work<'_, Exit> {
+        Box::pin(async {
+            let ended = self.process.wait().await;
+            // The console's last bytes may still be on their way to its task.
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            self.exit(&ended)
+        })
+    }
+
+    fn stop(&self, deadline: Duration) -> Work<'_, Exit> {
+        Box::pin(async move {
+            if tokio::time::timeout(deadline, self.process.wait()).await.is_err() {
+                self.kill();
+            }
+            self.wait().await
+        })
+    }
+
+    fn kill(&self) {
+        if !self.process.has_ended() {
+            self.killed.store(true, Ordering::Relaxed);
+            self.process.kill();
+        }
+    }
+
+    fn metrics(&self) -> Result<Metrics, MachineError> {
+        if self.process.has_ended() {
+            return Err(MachineError::Ended);
+        }
+        read_metrics(self.process.pid()).ok_or(MachineError::Ended)
+    }
+
+    fn explain(&self) -> Option<String> {
+        self.console.lock().unwrap_or_else(PoisonError::into_inner).explain()
+    }
+
+    fn console(&self) -> Vec<u8> {
+        self.console.lock().unwrap_or_else(PoisonError::into_inner).text()
+    }
+
+    fn layers(&self) -> &[Layer] {
+        self.process.layers()
+    }
+}
+
+impl Drop for QemuMachine {
+    fn drop(&mut self) {
+        self.process.kill();
+    }
+}
+
+fn read_metrics(pid: u32) -> Option<Metrics> {
+    let memory = std::fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+    let pages: u64 = memory.split(' ').nth(1)?.parse().ok()?;
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name may hold spaces and brackets; the fields after it do not.
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
+    let ticks = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
+    let per_second = rustix::param::clock_ticks_per_second().max(1);
+    Some(Metrics {
+        resident_bytes: pages * rustix::param::page_size() as u64,
+        cpu_time: Duration::from_millis(ticks * 1000 / per_second),
+    })
+}

@@ -136,6 +136,9 @@ impl Agent {
         let line = tokio::time::timeout(READY, agent.line()).await;
         let console = || String::from_utf8_lossy(&machine.console()).into_owned();
         let line = line.unwrap_or_else(|_| panic!("not ready; {:?}\n{}", machine.explain(), console()));
+        if line.is_empty() {
+            panic!("ended early: {:?}\n{}", machine.wait().await, console());
+        }
         assert_eq!(line, "ready []", "{}", console());
         agent
     }
@@ -158,11 +161,15 @@ impl Agent {
 
 async fn talks_and_ends(kernel: Kernel) {
     let start = Instant::now();
-    let disk = |content: &[u8], read_only, serial: &str| {
-        let mut file = tempfile::tempfile().expect("a file");
-        file.write_all(content).expect("written");
-        file.set_len(1 << 20).expect("sized");
-        let kept = file.try_clone().expect("a handle");
+    let disk = |content: &[u8], read_only: bool, serial: &str| {
+        let mut whole = tempfile::NamedTempFile::new_in(
+            std::env::current_exe().expect("a path").parent().expect("a directory"),
+        )
+        .expect("a file");
+        whole.write_all(content).expect("written");
+        whole.as_file().set_len(1 << 20).expect("sized");
+        let file = File::options().read(true).write(!read_only).open(whole.path()).expect("opens");
+        let kept = whole.into_file();
         (Disk { file, read_only, serial: serial.to_owned(), durability: DiskDurability::Scratch }, kept)
     };
     let (image, image_file) = disk(b"image...", true, "image");

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use command::run as run_command;
 pub use decompress::DecompressError;
 pub use image::ImageError;
 pub use modules::ModulesError;

@@ -25,6 +25,7 @@ fn main() -> ExitCode {
     match arguments.next().as_deref() {
         Some(jail::VERB) => jail::main(),
         Some("machines") => machines(Path::new(&arguments.next().expect("a cache"))),
+        Some("starts") => starts(Path::new(&arguments.next().expect("a cache")), arguments.next()),
         Some("orphan") => orphan(Path::new(&arguments.next().expect("a cache"))),
         // cargo's own flags, and filters, do not concern a single test.
         Some("--list") => ExitCode::SUCCESS,
@@ -122,6 +123,29 @@ fn machines(cache: &Path) -> ExitCode {
     });
     dies_with_its_supervisor(cache);
     assert_eq!(qemus(), before, "a machine's process is left");
+    ExitCode::SUCCESS
+}
+
+/// Starts many machines one after another and tells how long each took: `boot starts CACHE [COUNT]`, by hand, for the
+/// starts that hang one time in many.
+fn starts(cache: &Path, count: Option<String>) -> ExitCode {
+    let kernel = load_with_init(cache);
+    let count: u32 = count.and_then(|count| count.parse().ok()).unwrap_or(10);
+    runtime().block_on(async {
+        for _ in 0..count {
+            let start = Instant::now();
+            let machine = qemu::start(config(kernel.clone(), Vec::new())).await.expect("starts");
+            let started = start.elapsed();
+            let _agent = Agent::ready(&machine).await;
+            let resident = machine.metrics().expect("metrics").resident_bytes >> 20;
+            say(&format!(
+                "process {} ms, ready {} ms, {resident} MiB",
+                started.as_millis(),
+                start.elapsed().as_millis()
+            ));
+            machine.stop(Duration::ZERO).await;
+        }
+    });
     ExitCode::SUCCESS
 }
 

@@ -85,9 +85,7 @@ impl ExportError {
             Self::Open { .. } => None,
             Self::Toolchain { .. } => Some("name an absolute directory below the home directory"),
             Self::ReadIgnoreFile { .. } => Some("make it a regular file of at most 1 MiB of UTF-8 text"),
-            Self::ParseIgnoreFile { .. } => {
-                Some("each line is a pattern as in .gitignore")
-            }
+            Self::ParseIgnoreFile { .. } => Some("each line is a pattern as in .gitignore"),
         }
     }
 }

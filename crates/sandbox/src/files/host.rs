@@ -48,6 +48,11 @@ impl Tree {
         })
     }
 
+    /// `lstat` of a path, for judging alone: what lies above its last name is not checked for symlinks.
+    pub(super) fn stat(&self, path: &[u8]) -> Result<Stat, Errno> {
+        stat_entry(&self.root, path)
+    }
+
     /// Opens for good what `descriptor` (`O_PATH`, regular) stands for.
     pub(super) fn reopen(&self, descriptor: impl AsFd, flags: OFlags) -> Result<OwnedFd, Errno> {
         let name = number(descriptor.as_fd());

@@ -120,7 +120,7 @@ impl FileServer {
             Opcode::OpenDir => self.open_directory(request, reply),
             Opcode::ReadDir => self.read_directory(request, reply, false),
             Opcode::ReadDirPlus => self.read_directory(request, reply, true),
-            Opcode::ReleaseDir | Opcode::Flush | Opcode::FSyncDir => Ok(()),
+            Opcode::ReleaseDir => Ok(()),
             Opcode::FSync => self.sync(request),
             Opcode::SetAttr => self.set_attributes(request, reply),
             Opcode::Create => self.create(request, reply),
@@ -134,8 +134,11 @@ impl FileServer {
             Opcode::Rename2 => self.rename(request, true),
             Opcode::Write => self.write(request, reply),
             Opcode::FAllocate => self.allocate(request),
-            // ENOSYS to INTERRUPT: there is nothing to interrupt, and the guest need not ask again.
-            Opcode::Interrupt | Opcode::Forget | Opcode::BatchForget => Err(Errno::NOSYS),
+            // There is nothing to flush or to interrupt, and after ENOSYS the guest need not ask again.
+            Opcode::Flush | Opcode::FSyncDir | Opcode::Interrupt => Err(Errno::NOSYS),
+            // Programs ask every file whether it is a terminal.
+            Opcode::IoCtl => Err(Errno::NOTTY),
+            Opcode::Forget | Opcode::BatchForget => Err(Errno::INVAL),
         }
     }
 
@@ -219,6 +222,7 @@ impl FileServer {
     /// hides it.
     fn find(&self, node: u64) -> Result<Found, Errno> {
         let (path, identity) = self.nodes.path(node)?;
+        self.check_way(&path)?;
         let descriptor = self.export.tree.at(&path)?;
         let stat = rustix::fs::fstat(&descriptor)?;
         if Identity::of(&stat) != identity {
@@ -229,6 +233,22 @@ impl FileServer {
             return Err(Errno::NOENT);
         }
         Ok(Found { descriptor, stat, path })
+    }
+
+    /// Judges what lies above `path` again where bits decide: the host may have closed a directory since the guest
+    /// passed it.
+    fn check_way(&self, path: &[u8]) -> Result<(), Errno> {
+        if !self.export.view.needs_mode() {
+            return Ok(());
+        }
+        let ends = path.iter().enumerate().filter(|&(_, &byte)| byte == b'/').map(|(at, _)| at);
+        for above in ends.map(|end| &path[..end]) {
+            let stat = self.export.tree.stat(above)?;
+            if !self.export.view.shows(above, Facts::of(&stat)) {
+                return Err(Errno::NOENT);
+            }
+        }
+        Ok(())
     }
 
     fn find_directory(&self, node: u64) -> Result<Found, Errno> {

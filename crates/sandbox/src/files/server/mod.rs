@@ -244,7 +244,7 @@ impl FileServer {
         let ends = path.iter().enumerate().filter(|&(_, &byte)| byte == b'/').map(|(at, _)| at);
         for above in ends.map(|end| &path[..end]) {
             let stat = self.export.tree.stat(above)?;
-            if !self.export.view.shows(above, Facts::of(&stat)) {
+            if !self.export.view.still_admits(above, Facts::of(&stat)) {
                 return Err(Errno::NOENT);
             }
         }

@@ -177,7 +177,7 @@ pub fn guarded(path: &Path) -> Option<&'static str> {
         GitPath::Outside => 0,
         GitPath::Root => 1,
     };
-    (start..folded.len()).find_map(|index| guarded_name(&names[index], &folded[index..]))
+    (start..folded.len()).find_map(|index| guarded_name(names[index], &folded[index..]))
 }
 
 /// As [`guarded`], for a file or link: also where a guarded path could only lie *beneath* it, such as `.vscode` or

@@ -10,6 +10,7 @@ mod apply;
 mod base;
 mod changes;
 mod guard;
+mod last;
 mod path;
 mod record;
 mod tree;
@@ -23,5 +24,6 @@ pub use changes::{
     Change, ChangeKind, ChangeSet, ChangeSetError, ChangeStatus, ChangeSummary, ContentReader,
 };
 pub use guard::{guarded, guarded_leaf};
+pub use last::LastChanges;
 pub use path::{NAME_BYTES_MAX, PATH_BYTES_MAX, PathError, RelativePath, TARGET_BYTES_MAX};
-pub use record::{ChangeLimits, ChangeRecorder, Origin, RecordError, UpperEntry};
+pub use record::{BaseLookup, ChangeLimits, ChangeRecorder, Origin, RecordError, UpperEntry, VisibleLookup};

@@ -22,6 +22,11 @@ use super::path::{PathError, TARGET_BYTES_MAX};
 use super::tree::{self, PERMISSIONS, Tree};
 use super::{Base, RelativePath};
 
+/// Finds the base of a path relative to the workspace.
+pub type BaseLookup = Box<dyn Fn(&Path) -> Option<Base> + Send>;
+/// Tells whether the guest can see a path relative to the workspace.
+pub type VisibleLookup = Box<dyn Fn(&Path) -> bool + Send>;
+
 /// What the set is about and what the host knows of it.
 pub struct Origin {
     /// The host directory the changes are relative to.
@@ -29,9 +34,9 @@ pub struct Origin {
     /// The sandbox that makes them.
     pub sandbox: String,
     /// What a path was when it was first served ([`BaseTable::get`](super::BaseTable::get)).
-    pub base: Box<dyn Fn(&Path) -> Option<Base> + Send>,
+    pub base: BaseLookup,
     /// Whether the guest can see a host path. What it cannot see it cannot have removed.
-    pub visible: Box<dyn Fn(&Path) -> bool + Send>,
+    pub visible: VisibleLookup,
 }
 
 /// How much a guest may send.
@@ -355,7 +360,8 @@ impl ChangeRecorder {
         let io = |error| RecordError::Set(ChangeSetError::io(directory.path.join(CONTENT))(error));
         let content = content.into_inner().map_err(|error| io(error.into_error()))?;
         content.set_len(end).map_err(io)?;
-        let set = ChangeSet::create(directory.path.clone(), content, manifest)?;
+        let handle = File::open(&directory.path).map_err(io)?;
+        let set = ChangeSet::create(directory.path.clone(), handle, content, manifest)?;
         directory.finished = true;
         Ok(set)
     }

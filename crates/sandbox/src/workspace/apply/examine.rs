@@ -60,7 +60,7 @@ impl Run<'_> {
             Some(stat) => is_as_wanted(self.tree, self.set, change, stat)?,
             None => removed,
         };
-        if done {
+        if done || is_shared_directory(change, present.as_ref()) {
             return Ok(Verdict::AlreadyDone(present.as_ref().map(Base::of_stat)));
         }
         if let Some(reason) = self.conflict(change, present.as_ref())? {
@@ -74,11 +74,7 @@ impl Run<'_> {
             let gone = change.base.is_some() && !matches!(change.change, ChangeKind::Removed { .. });
             return Ok(gone.then_some(ConflictReason::RemovedOnHost));
         };
-        if let ChangeKind::Directory { mode } = change.change
-            && tree::is_directory(stat)
-            && (change.base.is_none() || is_half_made(stat, mode))
-        {
-            // Two sides that made the same directory agree; one that we died over is finished.
+        if matches!(change.change, ChangeKind::Directory { mode } if is_half_made(stat, mode)) {
             return Ok(None);
         }
         match change.base {
@@ -98,9 +94,9 @@ impl Run<'_> {
     }
 }
 
-/// A directory that `place` has opened for its content but not finished.
+/// A directory that an apply had opened for its content when it died.
 fn is_half_made(stat: &Stat, mode: u32) -> bool {
-    stat.st_mode & PERMISSIONS == mode & PERMISSIONS | 0o700
+    tree::is_directory(stat) && stat.st_mode & PERMISSIONS == mode & PERMISSIONS | 0o700
 }
 
 /// Whether the host has exactly what the change asks for.
@@ -121,4 +117,11 @@ pub(super) fn is_as_wanted(tree: &Tree, set: &ChangeSet, change: &Change, stat: 
         }
         ChangeKind::Removed { .. } | ChangeKind::Special => false,
     })
+}
+
+/// Both sides made the same directory: it is there, its permissions are the host's, and what is in it is examined
+/// path by path.
+fn is_shared_directory(change: &Change, present: Option<&Stat>) -> bool {
+    let ChangeKind::Directory { mode } = change.change else { return false };
+    change.base.is_none() && present.is_some_and(|stat| tree::is_directory(stat) && !is_half_made(stat, mode))
 }

@@ -44,7 +44,8 @@ fn perform(tree: &mut Nodes, act: &Act) {
         Act::Remove(path) => (path, None),
     };
     let Some(node) = node else { return remove(tree, path) };
-    for above in path.ancestors().skip(1).filter(|above| !above.as_os_str().is_empty()) {
+    let above: Vec<&Path> = path.ancestors().skip(1).filter(|above| !above.as_os_str().is_empty()).collect();
+    for above in above.into_iter().rev() {
         if !matches!(tree.get(above), Some(Node::Directory(_))) {
             remove(tree, above);
             tree.insert(above.into(), Node::Directory(0o755));

@@ -114,7 +114,7 @@ fn rebuild(project: &Project, from: &Nodes, to: &Nodes) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn applying_gives_the_guests_tree(

@@ -267,9 +267,8 @@ impl PumpReader {
 
     /// The digest of the blob and its compression, once the stream was read to its end.
     pub(crate) fn finish(mut self) -> Result<(Option<Digest>, Compression), LayerError> {
-        io::copy(&mut self, &mut io::sink())
-            .map_err(|source| LayerError::Read { source })
-            .or_else(|error| Err(self.error.take().unwrap_or(error)))?;
+        let drained = io::copy(&mut self, &mut io::sink());
+        drained.map_err(|source| self.error.take().unwrap_or(LayerError::Read { source }))?;
         match self.end {
             Some(end) => Ok(end),
             None => Err(LayerError::Read { source: io::ErrorKind::BrokenPipe.into() }),

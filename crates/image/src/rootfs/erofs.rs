@@ -91,7 +91,7 @@ struct Shape {
 
 impl Shape {
     fn of(tree: &Tree, inode: &Inode) -> Self {
-        let xattr_bytes = inode.xattrs.as_deref().map_or(0, xattr_bytes);
+        let xattr_bytes = xattr_bytes(&inode.xattrs);
         let fit = |size: u64| {
             let tail = size % BLOCK;
             if INODE_BYTES + xattr_bytes + tail <= BLOCK { tail } else { 0 }
@@ -251,9 +251,7 @@ fn write_inode(
     let position = u64::from(plan.metadata_block) * BLOCK + u64::from(plan.nodes[id as usize]) * SLOT;
     writer.pad_to(position)?;
     writer.write(&inode_record(tree, plan, id, number, shape))?;
-    if let Some(xattrs) = &inode.xattrs {
-        write_xattrs(xattrs, writer)?;
-    }
+    write_xattrs(&inode.xattrs, writer)?;
     if shape.tail == 0 {
         return Ok(());
     }
@@ -317,6 +315,9 @@ fn link_count(tree: &Tree, id: InodeId) -> u32 {
 }
 
 fn write_xattrs(xattrs: &BTreeMap<Vec<u8>, Vec<u8>>, writer: &mut PositionedWriter) -> io::Result<()> {
+    if xattrs.is_empty() {
+        return Ok(());
+    }
     writer.write(&[0; 12])?;
     for (name, value) in xattrs {
         let (index, rest) = xattr_prefix(name).unwrap_or((0, b""));

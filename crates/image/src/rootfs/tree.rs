@@ -66,7 +66,7 @@ pub(crate) struct Inode {
     pub(crate) links: u32,
     /// The layer that gave these attributes.
     layer: u32,
-    pub(crate) xattrs: Option<Box<BTreeMap<Vec<u8>, Vec<u8>>>>,
+    pub(crate) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
 impl Inode {
@@ -81,7 +81,7 @@ impl Inode {
             mtime_nanoseconds: 0,
             links: 0,
             layer,
-            xattrs: None,
+            xattrs: BTreeMap::new(),
         }
     }
 }
@@ -368,7 +368,7 @@ impl Tree {
             if inode.links > 0 {
                 continue;
             }
-            inode.xattrs = None;
+            inode.xattrs = BTreeMap::new();
             match &mut inode.kind {
                 Kind::File { size, data } => self.dead.push(DeadData { size: *size, data: *data }),
                 Kind::Directory(index) => {
@@ -420,7 +420,7 @@ impl Tree {
         inode.group = metadata.group;
         inode.mtime = metadata.mtime;
         inode.mtime_nanoseconds = metadata.mtime_nanoseconds;
-        inode.xattrs = (!metadata.xattrs.is_empty()).then(|| Box::new(metadata.xattrs));
+        inode.xattrs = metadata.xattrs;
         inode.layer = layer;
     }
 

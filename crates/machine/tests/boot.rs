@@ -25,6 +25,7 @@ fn main() -> ExitCode {
     match arguments.next().as_deref() {
         Some(jail::VERB) => jail::main(),
         Some("machines") => machines(Path::new(&arguments.next().expect("a cache"))),
+        Some("starts") => starts(Path::new(&arguments.next().expect("a cache")), arguments.next()),
         Some("orphan") => orphan(Path::new(&arguments.next().expect("a cache"))),
         // cargo's own flags, and filters, do not concern a single test.
         Some("--list") => ExitCode::SUCCESS,
@@ -125,6 +126,29 @@ fn machines(cache: &Path) -> ExitCode {
     ExitCode::SUCCESS
 }
 
+/// Starts many machines one after another and tells how long each took: `boot starts CACHE [COUNT]`, by hand, for the
+/// starts that hang one time in many.
+fn starts(cache: &Path, count: Option<String>) -> ExitCode {
+    let kernel = load_with_init(cache);
+    let count: u32 = count.and_then(|count| count.parse().ok()).unwrap_or(10);
+    runtime().block_on(async {
+        for _ in 0..count {
+            let start = Instant::now();
+            let machine = qemu::start(config(kernel.clone(), Vec::new())).await.expect("starts");
+            let started = start.elapsed();
+            let _agent = Agent::ready(&machine).await;
+            let resident = machine.metrics().expect("metrics").resident_bytes >> 20;
+            say(&format!(
+                "process {} ms, ready {} ms, {resident} MiB",
+                started.as_millis(),
+                start.elapsed().as_millis()
+            ));
+            machine.stop(Duration::ZERO).await;
+        }
+    });
+    ExitCode::SUCCESS
+}
+
 struct Agent {
     stream: BufReader<UnixStream>,
 }
@@ -136,6 +160,9 @@ impl Agent {
         let line = tokio::time::timeout(READY, agent.line()).await;
         let console = || String::from_utf8_lossy(&machine.console()).into_owned();
         let line = line.unwrap_or_else(|_| panic!("not ready; {:?}\n{}", machine.explain(), console()));
+        if line.is_empty() {
+            panic!("ended early: {:?}\n{}", machine.wait().await, console());
+        }
         assert_eq!(line, "ready []", "{}", console());
         agent
     }
@@ -158,11 +185,15 @@ impl Agent {
 
 async fn talks_and_ends(kernel: Kernel) {
     let start = Instant::now();
-    let disk = |content: &[u8], read_only, serial: &str| {
-        let mut file = tempfile::tempfile().expect("a file");
-        file.write_all(content).expect("written");
-        file.set_len(1 << 20).expect("sized");
-        let kept = file.try_clone().expect("a handle");
+    let disk = |content: &[u8], read_only: bool, serial: &str| {
+        let mut whole = tempfile::NamedTempFile::new_in(
+            std::env::current_exe().expect("a path").parent().expect("a directory"),
+        )
+        .expect("a file");
+        whole.write_all(content).expect("written");
+        whole.as_file().set_len(1 << 20).expect("sized");
+        let file = File::options().read(true).write(!read_only).open(whole.path()).expect("opens");
+        let kept = whole.into_file();
         (Disk { file, read_only, serial: serial.to_owned(), durability: DiskDurability::Scratch }, kept)
     };
     let (image, image_file) = disk(b"image...", true, "image");

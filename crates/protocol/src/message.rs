@@ -11,6 +11,10 @@
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
+/// Bytes of standard input the host may have sent beyond those reported by [`ExecOutput::StdinTaken`]. So the guest
+/// always reads on, and a signal is never stuck behind input that the program does not take.
+pub const STDIN_WINDOW: usize = 256 << 10;
+
 /// First words of the host after connecting, in a record of their own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
@@ -188,7 +192,7 @@ pub struct WindowSize {
 /// What the host sends to a running program.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ExecInput {
-    /// Bytes for standard input.
+    /// Bytes for standard input, within [`STDIN_WINDOW`].
     Stdin(ByteBuf),
     /// Standard input has ended.
     StdinEnd,
@@ -212,6 +216,8 @@ pub enum ExecOutput {
     Stdout(ByteBuf),
     /// Bytes of standard error.
     Stderr(ByteBuf),
+    /// So many bytes of standard input more were taken, or will never be.
+    StdinTaken(u32),
     /// It ended; the last message.
     Exited(Exit),
     /// It could not be started; the last message.

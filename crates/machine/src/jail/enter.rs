@@ -31,7 +31,9 @@ pub(super) fn doing<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(
 /// Must be called by a process that has done nothing else yet: one thread, no descriptor of its own.
 #[must_use]
 pub fn main() -> ExitCode {
-    close_others();
+    if close_others().is_err() {
+        return ExitCode::FAILURE;
+    }
     let stdin = io::stdin();
     let received = message::receive::<Orders>(&stdin);
     // Whoever calls this verb by hand has no socket there.
@@ -75,15 +77,21 @@ impl Walls {
 
 /// Whoever started us may have left descriptors open across exec; none may reach the guarded program.
 #[allow(unsafe_code)]
-fn close_others() {
-    let Ok(entries) = fs::read_dir("/proc/self/fd") else { return };
-    let open: Vec<i32> =
-        entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
-    for descriptor in open.into_iter().filter(|descriptor| *descriptor > 2) {
-        // SAFETY: this process has opened nothing itself yet (see `main`), so no value of ours owns the number; the one
-        // of the directory that was just read is closed already, and closing it again is an error without effect.
-        unsafe { rustix::io::close(descriptor) };
+fn close_others() -> io::Result<()> {
+    const OPEN: &str = "/proc/self/fd";
+    let entries: Vec<_> = fs::read_dir(OPEN)?.collect::<Result<_, _>>()?;
+    let open = entries.iter().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let open: Vec<i32> = open.filter(|descriptor| *descriptor > 2).collect();
+    // The entries hold the directory open.
+    drop(entries);
+    for descriptor in open {
+        // The directory's own was in the list and is closed by now.
+        if fs::symlink_metadata(format!("{OPEN}/{descriptor}")).is_ok() {
+            // SAFETY: it is open, and this process has opened nothing itself yet (see `main`): nothing owns the number.
+            unsafe { rustix::io::close(descriptor) };
+        }
     }
+    Ok(())
 }
 
 fn run(

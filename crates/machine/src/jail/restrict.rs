@@ -1,7 +1,7 @@
 //! What the process takes from itself with the kernel's own means: limits, capabilities, landlock.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, LandlockStatus, PathBeneath,
@@ -122,7 +122,7 @@ fn handled() -> Result<RulesetCreated, Failure> {
 
 fn allow(
     ruleset: RulesetCreated,
-    path: &PathBuf,
+    path: &Path,
     access: BitFlags<AccessFs>,
 ) -> Result<RulesetCreated, Failure> {
     let opened = open_without_links(path).map_err(doing(format!("open {}", path.display())))?;

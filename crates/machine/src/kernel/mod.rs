@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use command::run as run_command;
 pub use decompress::DecompressError;
 pub use image::ImageError;
 pub use modules::ModulesError;
@@ -427,7 +428,7 @@ fn modules_beside(kernel: &Path, release: &str) -> Option<PathBuf> {
 /// Unknown counts as enforced: a module with a signature loads everywhere.
 fn signatures_enforced(config: Option<&Path>) -> bool {
     let text = config.and_then(|path| atomic::read(path, CONFIG_LIMIT).ok()).unwrap_or_default();
-    let mut lines = text.split(|byte| *byte == b'\n').peekable();
+    let mut lines = text.split(|byte| *byte == b'\n');
     text.is_empty() || lines.any(|line| line == b"CONFIG_MODULE_SIG_FORCE=y")
 }
 
@@ -483,4 +484,53 @@ fn replace_directory(new: &Path, place: &Path) -> io::Result<()> {
     fs::rename(new, place)?;
     let _ = fs::remove_dir_all(&old);
     atomic::sync_parent(place)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A cache as `prepare` leaves it, with a kernel that is none.
+    fn cache() -> tempfile::TempDir {
+        let cache = tempfile::tempdir().expect("a directory");
+        let store = store(cache.path());
+        fs::create_dir(&store).expect("a store");
+        let module = modules::Module { name: "virtio".to_owned(), bytes: b"module".to_vec() };
+        install(&store, "6.1.0".to_owned(), "a test".to_owned(), None, b"kernel", &[module])
+            .expect("installs");
+        cache
+    }
+
+    #[test]
+    fn a_damaged_cache_is_told_with_a_way_out() {
+        let missing = tempfile::tempdir().expect("a directory");
+        assert!(matches!(load(missing.path(), None), Err(KernelError::Missing)));
+
+        let cache = cache();
+        let kernel = load(cache.path(), None).expect("loads");
+        assert_eq!((kernel.release.as_str(), kernel.sha256), ("6.1.0", atomic::sha256(b"kernel")));
+        assert!(matches!(load(cache.path(), Some(Path::new("/boot/other"))), Err(KernelError::Stale)));
+
+        // An initramfs cut short is made again; with a damaged module it cannot be.
+        fs::write(&kernel.initramfs, "short").expect("written");
+        assert_eq!(load(cache.path(), None).expect("mends").initramfs, kernel.initramfs);
+        fs::write(&kernel.initramfs, "short").expect("written");
+        fs::write(kernel.vmlinux.with_file_name("virtio.ko"), "madule").expect("written");
+        assert!(matches!(load(cache.path(), None), Err(KernelError::Corrupt { .. })));
+
+        fs::write(&kernel.vmlinux, "short").expect("written");
+        let error = load(cache.path(), None).expect_err("a kernel of another size");
+        assert_eq!(error.hint().as_deref(), Some("agentkernel setup"));
+        fs::write(store(cache.path()).join("current.json"), "{").expect("written");
+        assert!(matches!(load(cache.path(), None), Err(KernelError::Corrupt { .. })));
+    }
+
+    #[test]
+    fn a_record_leads_nowhere_else() {
+        let cache = cache();
+        let path = store(cache.path()).join("current.json");
+        let text = fs::read_to_string(&path).expect("the record");
+        fs::write(&path, text.replace("\"virtio\"", "\"../../virtio\"")).expect("written");
+        assert!(matches!(load(cache.path(), None), Err(KernelError::Corrupt { .. })));
+    }
 }

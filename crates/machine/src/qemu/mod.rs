@@ -74,7 +74,7 @@ pub struct MachineConfig {
 /// A disk of a machine.
 #[derive(Debug)]
 pub struct Disk {
-    /// Its content, raw. Opened read-write unless it is read-only.
+    /// Its content, raw. Opened for reading only if it is read-only, else for reading and writing.
     pub file: File,
     /// The guest cannot write to it.
     pub read_only: bool,
@@ -242,6 +242,12 @@ fn check(config: &MachineConfig) -> Result<(), StartError> {
         let valid = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
         if !(1..=20).contains(&disk.serial.len()) || !disk.serial.bytes().all(valid) {
             return refuse(format!("a disk of the serial {:?}", disk.serial));
+        }
+        // A process that holds a writable descriptor can write, whatever its guest may.
+        let mode = rustix::fs::fcntl_getfl(&disk.file).map(|flags| flags & rustix::fs::OFlags::ACCMODE);
+        let wanted = if disk.read_only { rustix::fs::OFlags::RDONLY } else { rustix::fs::OFlags::RDWR };
+        if mode != Ok(wanted) {
+            return refuse(format!("the disk {:?} opened in another mode than it is used in", disk.serial));
         }
     }
     let needed_mib = u64::from(config.memory_mib) + OVERHEAD_MIB;

@@ -279,6 +279,13 @@ impl<'a> Writer<'a> {
         self.zeros(name.len().next_multiple_of(8) - name.len());
     }
 
+    /// Completes the header of a notification, which has a code where a reply has its error.
+    fn notify(self, code: i32) {
+        let length = self.0.len() as u32;
+        self.0[..4].copy_from_slice(&length.to_le_bytes());
+        self.0[4..8].copy_from_slice(&code.to_le_bytes());
+    }
+
     /// Completes the header; after an error nothing but the header is kept.
     pub(super) fn finish(self, unique: u64, outcome: Result<(), Errno>) {
         let error = match outcome {
@@ -293,6 +300,32 @@ impl<'a> Writer<'a> {
         self.0[4..8].copy_from_slice(&error.to_le_bytes());
         self.0[8..16].copy_from_slice(&unique.to_le_bytes());
     }
+}
+
+/// A message the guest did not ask for: forget what is cached of a node, attributes and content.
+pub(super) fn notify_inode(node: u64) -> Vec<u8> {
+    const CODE: i32 = 2;
+    let mut message = Vec::new();
+    let mut writer = Writer::start(&mut message);
+    writer.u64(node);
+    // From the first byte to the last.
+    writer.zeros(16);
+    writer.notify(CODE);
+    message
+}
+
+/// A message the guest did not ask for: look `name` up again, whether it was there or not.
+pub(super) fn notify_entry(parent: u64, name: &[u8]) -> Vec<u8> {
+    const CODE: i32 = 3;
+    let mut message = Vec::new();
+    let mut writer = Writer::start(&mut message);
+    writer.u64(parent);
+    writer.u32(name.len() as u32);
+    writer.u32(0);
+    writer.bytes(name);
+    writer.zeros(1);
+    writer.notify(CODE);
+    message
 }
 
 /// Bits of `fuse_init_in.flags`.

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
@@ -38,7 +39,8 @@ pub enum Access {
 #[derive(Clone, Debug, Default)]
 pub struct HostImageOptions {
     /// Directories under `$HOME` that the commands on `PATH` need, as [`super::toolchains_under`] finds them.
-    /// They must be absolute; one that does not exist is left out.
+    /// They must be absolute; one that does not exist is left out, and where one is a symlink only the link is
+    /// shown. What the owner may read in them is shared, so never name a home directory.
     pub toolchains: Vec<PathBuf>,
 }
 
@@ -124,13 +126,10 @@ impl Export {
         let mut toolchains = Vec::new();
         for path in &options.toolchains {
             let relative = relative(path).ok_or_else(|| ExportError::Toolchain { path: path.clone() })?;
-            for spelling in spellings(root, &relative) {
-                let Ok(metadata) = std::fs::symlink_metadata(root.join(OsStr::from_bytes(&spelling))) else {
-                    continue;
-                };
-                let owner = std::os::unix::fs::MetadataExt::uid(&metadata);
-                toolchains.push(Toolchain { path: spelling, owner });
-            }
+            let Ok(metadata) = std::fs::symlink_metadata(root.join(OsStr::from_bytes(&relative))) else {
+                continue;
+            };
+            toolchains.push(Toolchain { path: relative, owner: metadata.uid() });
         }
         Ok(Self {
             tree: open_tree(root)?,
@@ -271,19 +270,6 @@ fn relative(path: &Path) -> Option<Vec<u8>> {
     let plain = names.components().all(|component| matches!(component, Component::Normal(_)));
     let bytes = names.components().collect::<PathBuf>().into_os_string().into_vec();
     (plain && !bytes.is_empty() && bytes.len() <= MAX_PATH).then_some(bytes)
-}
-
-/// The path as given and, where symlinks lead to it, as it really is.
-fn spellings(root: &Path, path: &[u8]) -> Vec<Vec<u8>> {
-    let mut all = vec![path.to_vec()];
-    if let Ok(real) = std::fs::canonicalize(root.join(OsStr::from_bytes(path)))
-        && let Ok(real) = real.strip_prefix(root)
-        && let Some(real) = relative(&Path::new("/").join(real))
-        && real != path
-    {
-        all.push(real);
-    }
-    all
 }
 
 /// The names of a path, the first one last; `.` is left out.

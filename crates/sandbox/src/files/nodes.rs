@@ -104,6 +104,16 @@ impl Nodes {
         Ok((names.join(&b'/'), identity))
     }
 
+    /// The node of the directory that `path` (not empty) lies in, and that of `path` itself, as far as the guest
+    /// knows them.
+    pub(super) fn known(&self, path: &[u8]) -> Option<(u64, Option<u64>)> {
+        let table = self.table();
+        let mut names = path.split(|&byte| byte == b'/');
+        let last = names.next_back()?;
+        let parent = names.try_fold(ROOT, |at, name| table.nodes.get(&at)?.children.get(name).copied())?;
+        Some((parent, table.nodes.get(&parent)?.children.get(last).copied()))
+    }
+
     /// Counts a lookup of `name` in `parent` and returns its node, a new one where there was none or where
     /// the name now belongs to another file.
     pub(super) fn enter(&self, parent: u64, name: &[u8], identity: Identity) -> Result<u64, Errno> {

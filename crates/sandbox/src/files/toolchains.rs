@@ -89,10 +89,21 @@ pub fn toolchains_under(home: &Path, path_variable: &OsStr) -> Vec<PathBuf> {
             found.extend(needs(home, relative).into_iter().filter(|need| is_allowed(need)));
         }
     }
-    let existing: BTreeSet<PathBuf> =
-        found.into_iter().map(|need| home.join(need)).filter(|path| path.exists()).collect();
+    let found = found.into_iter().map(|need| home.join(need)).filter(|path| path.exists());
+    let existing: BTreeSet<PathBuf> = found.flat_map(|path| spellings(home, path)).collect();
     let inside_another = |path: &Path| path.ancestors().skip(1).any(|above| existing.contains(above));
     existing.iter().filter(|path| !inside_another(path)).cloned().collect()
+}
+
+/// The path as given and, where symlinks lead to it, as it really is: unless they lead out of the home directory or
+/// to what must not be shared.
+fn spellings(home: &Path, path: PathBuf) -> Vec<PathBuf> {
+    let real = std::fs::canonicalize(home).ok().zip(std::fs::canonicalize(&path).ok());
+    let real = real.and_then(|(home, real)| {
+        let relative = real.strip_prefix(home).ok()?;
+        (!relative.as_os_str().is_empty() && is_allowed(relative)).then_some(real)
+    });
+    [path].into_iter().chain(real).collect()
 }
 
 /// What `relative`, a directory on `PATH`, needs; relative to the home directory.
@@ -177,5 +188,24 @@ mod tests {
         let path =
             ["~", "~/", "/", "~/..", "~/.ssh", "~/.ssh/bin", "~/.cargo", "~/.local", "~/a/../.aws", "."];
         assert!(found(&existing, &path).is_empty());
+    }
+
+    #[test]
+    fn symlinks_share_what_they_lead_to_within_bounds() {
+        let directory = crate::files::tests::directory();
+        let home = directory.path().join("home");
+        for made in ["real/tools", ".ssh", "x"] {
+            std::fs::create_dir_all(home.join(made)).unwrap();
+        }
+        for (name, target) in
+            [("tools", "real/tools"), ("whole", "."), ("above", ".."), ("keys", ".ssh"), ("away", "/etc")]
+        {
+            std::os::unix::fs::symlink(target, home.join(name)).unwrap();
+        }
+        let names = ["tools", "whole", "above", "keys", "away"];
+        let path = std::env::join_paths(names.map(|name| home.join(name))).unwrap();
+        let mut found = toolchains_under(&home, &path);
+        found.retain(|path| !path.is_symlink());
+        assert_eq!(found, [home.join("real/tools")]);
     }
 }

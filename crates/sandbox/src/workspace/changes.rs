@@ -12,10 +12,12 @@
 //! [`ChangeRecorder`](super::ChangeRecorder) writes a set, [`apply`](super::apply) takes entries out of it.
 
 use std::fs::File;
-use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::path::os_text;
@@ -24,7 +26,7 @@ use super::{Base, RelativePath};
 const MANIFEST: &str = "changes.json";
 const MANIFEST_NEW: &str = "changes.json.new";
 pub(super) const CONTENT: &str = "content";
-pub(super) const APPLYING: &str = "applying";
+const APPLYING: &str = "applying";
 const VERSION: u32 = 1;
 
 /// What a path is to become.
@@ -216,6 +218,8 @@ pub(super) fn random_hex() -> io::Result<String> {
 #[derive(Debug)]
 pub struct ChangeSet {
     directory: PathBuf,
+    /// The same, open: another set may take over the name at any time, and must not get this one's manifest.
+    handle: File,
     content: File,
     pub(super) manifest: Manifest,
 }
@@ -224,11 +228,12 @@ impl ChangeSet {
     /// Puts a freshly recorded set together and makes it durable.
     pub(super) fn create(
         directory: PathBuf,
+        handle: File,
         content: File,
         manifest: Manifest,
     ) -> Result<Self, ChangeSetError> {
         content.sync_all().map_err(ChangeSetError::io(directory.join(CONTENT)))?;
-        let set = Self { directory, content, manifest };
+        let set = Self { directory, handle, content, manifest };
         set.save()?;
         Ok(set)
     }
@@ -238,31 +243,63 @@ impl ChangeSet {
     /// # Errors
     /// [`ChangeSetError::is_absent`] if there is none; otherwise it cannot be read or used.
     pub fn load(directory: &Path) -> Result<Self, ChangeSetError> {
-        let manifest = read_manifest(directory)?;
-        let path = directory.join(CONTENT);
-        let content = File::options().read(true).write(true).open(&path).map_err(ChangeSetError::io(path))?;
-        Ok(Self { directory: directory.to_owned(), content, manifest })
+        let handle = File::open(directory).map_err(ChangeSetError::io(directory))?;
+        let manifest = read_manifest(&handle, directory)?;
+        let content = open_in(&handle, CONTENT, OFlags::RDWR);
+        let content = content.map_err(ChangeSetError::io(directory.join(CONTENT)))?;
+        Ok(Self { directory: directory.to_owned(), handle, content, manifest })
     }
 
     /// Reads the entries again, which another process may have taken out.
     pub(super) fn reload(&mut self) -> Result<(), ChangeSetError> {
-        self.manifest = read_manifest(&self.directory)?;
+        self.manifest = read_manifest(&self.handle, &self.directory)?;
         Ok(())
+    }
+
+    /// Takes the set for one process until the file is closed; `None` if another has it.
+    pub(super) fn lock(&self) -> Result<Option<File>, ChangeSetError> {
+        let lock = || -> io::Result<Option<File>> {
+            let file = open_in(&self.handle, CONTENT, OFlags::RDONLY)?;
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => Ok(Some(file)),
+                Err(Errno::WOULDBLOCK) => Ok(None),
+                Err(error) => Err(error.into()),
+            }
+        };
+        lock().map_err(ChangeSetError::io(self.directory.join(CONTENT)))
+    }
+
+    /// Whether an apply was begun and not ended.
+    pub(super) fn is_applying(&self) -> bool {
+        rustix::fs::statat(&self.handle, APPLYING, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+    }
+
+    /// Notes that an apply begins or ends.
+    pub(super) fn set_applying(&self, applying: bool) -> Result<(), ChangeSetError> {
+        let set = || match applying {
+            true => open_in(&self.handle, APPLYING, OFlags::WRONLY | OFlags::CREATE)
+                .and_then(|_| self.handle.sync_all()),
+            false => match rustix::fs::unlinkat(&self.handle, APPLYING, AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT) => Ok(()),
+                Err(error) => Err(error.into()),
+            },
+        };
+        set().map_err(ChangeSetError::io(self.directory.join(APPLYING)))
     }
 
     /// Writes the manifest: the old one stays until the new one is complete.
     pub(super) fn save(&self) -> Result<(), ChangeSetError> {
-        let path = self.directory.join(MANIFEST_NEW);
-        self.write_manifest(&path).map_err(ChangeSetError::io(path))
+        self.write_manifest().map_err(ChangeSetError::io(self.directory.join(MANIFEST_NEW)))
     }
 
-    fn write_manifest(&self, path: &Path) -> io::Result<()> {
-        let mut writer = BufWriter::new(File::create(path)?);
+    fn write_manifest(&self) -> io::Result<()> {
+        let file = open_in(&self.handle, MANIFEST_NEW, OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC)?;
+        let mut writer = BufWriter::new(file);
         serde_json::to_writer(&mut writer, &self.manifest)?;
         writer.flush()?;
         writer.get_ref().sync_all()?;
-        std::fs::rename(path, self.directory.join(MANIFEST))?;
-        File::open(&self.directory)?.sync_all()
+        rustix::fs::renameat(&self.handle, MANIFEST_NEW, &self.handle, MANIFEST)?;
+        self.handle.sync_all()
     }
 
     /// Takes entries out for good and frees what their contents occupied.
@@ -324,10 +361,6 @@ impl ChangeSet {
         &self.directory
     }
 
-    pub(super) fn content_path(&self) -> PathBuf {
-        self.directory.join(CONTENT)
-    }
-
     /// The set moved there, whole.
     pub(super) fn moved_to(&mut self, directory: PathBuf) {
         self.directory = directory;
@@ -361,14 +394,14 @@ impl ChangeSet {
     }
 }
 
-fn read_manifest(directory: &Path) -> Result<Manifest, ChangeSetError> {
+fn read_manifest(handle: &File, directory: &Path) -> Result<Manifest, ChangeSetError> {
     #[derive(Deserialize)]
     struct Header {
         version: u32,
     }
     let path = directory.join(MANIFEST);
     let mut text = Vec::new();
-    let opened = File::open(&path).and_then(|file| BufReader::new(file).read_to_end(&mut text));
+    let opened = open_in(handle, MANIFEST, OFlags::RDONLY).and_then(|mut file| file.read_to_end(&mut text));
     opened.map_err(ChangeSetError::io(&path))?;
     let damaged = |source| ChangeSetError::Damaged { path: path.clone(), source };
     let header: Header = serde_json::from_slice(&text).map_err(damaged)?;
@@ -376,6 +409,11 @@ fn read_manifest(directory: &Path) -> Result<Manifest, ChangeSetError> {
         return Err(ChangeSetError::Newer { path, found: header.version });
     }
     serde_json::from_slice(&text).map_err(damaged)
+}
+
+fn open_in(directory: &File, name: &str, flags: OFlags) -> io::Result<File> {
+    let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(File::from(rustix::fs::openat(directory, name, flags, Mode::RUSR | Mode::WUSR)?))
 }
 
 /// Removes a set's directory; one that is gone already is no error.

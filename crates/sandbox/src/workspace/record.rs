@@ -360,7 +360,8 @@ impl ChangeRecorder {
         let io = |error| RecordError::Set(ChangeSetError::io(directory.path.join(CONTENT))(error));
         let content = content.into_inner().map_err(|error| io(error.into_error()))?;
         content.set_len(end).map_err(io)?;
-        let set = ChangeSet::create(directory.path.clone(), content, manifest)?;
+        let handle = File::open(&directory.path).map_err(io)?;
+        let set = ChangeSet::create(directory.path.clone(), handle, content, manifest)?;
         directory.finished = true;
         Ok(set)
     }

@@ -15,60 +15,60 @@ use agentkernel_sandbox::workspace::{
 
 /// What a test finds at a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Node {
+pub(crate) enum Node {
     File(Vec<u8>, u32),
     Directory(u32),
     Link(PathBuf),
 }
 
-pub type Nodes = BTreeMap<PathBuf, Node>;
+pub(crate) type Nodes = BTreeMap<PathBuf, Node>;
 
-pub struct Project {
+pub(crate) struct Project {
     directory: tempfile::TempDir,
-    pub bases: Arc<BaseTable>,
+    pub(crate) bases: Arc<BaseTable>,
 }
 
 /// One entry of the guest's upper layer, with its data.
-pub type Sent = (Vec<u8>, UpperEntry, Vec<u8>);
+pub(crate) type Sent = (Vec<u8>, UpperEntry, Vec<u8>);
 
-pub fn file(path: &str, content: &[u8]) -> Sent {
+pub(crate) fn file(path: &str, content: &[u8]) -> Sent {
     file_with(path, content, 0o644)
 }
 
-pub fn file_with(path: &str, content: &[u8], mode: u32) -> Sent {
+pub(crate) fn file_with(path: &str, content: &[u8], mode: u32) -> Sent {
     let entry = UpperEntry::File { mode, size: content.len() as u64, modified_ns: 7 };
     (path.into(), entry, content.to_vec())
 }
 
-pub fn directory(path: &str) -> Sent {
+pub(crate) fn directory(path: &str) -> Sent {
     (path.into(), UpperEntry::Directory { mode: 0o755, opaque: false }, Vec::new())
 }
 
-pub fn opaque(path: &str) -> Sent {
+pub(crate) fn opaque(path: &str) -> Sent {
     (path.into(), UpperEntry::Directory { mode: 0o755, opaque: true }, Vec::new())
 }
 
-pub fn link(path: &str, target: &str) -> Sent {
+pub(crate) fn link(path: &str, target: &str) -> Sent {
     (path.into(), UpperEntry::Symlink { target: target.into() }, Vec::new())
 }
 
-pub fn removed(path: &str) -> Sent {
+pub(crate) fn removed(path: &str) -> Sent {
     (path.into(), UpperEntry::Removed, Vec::new())
 }
 
-pub fn take_all() -> ApplyOptions {
+pub(crate) fn take_all() -> ApplyOptions {
     ApplyOptions::default()
 }
 
 impl Project {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         std::fs::create_dir(directory.path().join("work")).unwrap();
         Self { directory, bases: Arc::default() }
     }
 
     /// A project with these files, all of which the guest has seen.
-    pub fn with(files: &[(&str, &str)]) -> Self {
+    pub(crate) fn with(files: &[(&str, &str)]) -> Self {
         let project = Self::new();
         for (path, content) in files {
             project.write(path, content.as_bytes());
@@ -77,19 +77,19 @@ impl Project {
         project
     }
 
-    pub fn state(&self) -> &Path {
+    pub(crate) fn state(&self) -> &Path {
         self.directory.path()
     }
 
-    pub fn root(&self) -> PathBuf {
+    pub(crate) fn root(&self) -> PathBuf {
         self.directory.path().join("work")
     }
 
-    pub fn path(&self, path: impl AsRef<Path>) -> PathBuf {
+    pub(crate) fn path(&self, path: impl AsRef<Path>) -> PathBuf {
         self.root().join(path)
     }
 
-    pub fn write(&self, path: impl AsRef<Path>, content: &[u8]) {
+    pub(crate) fn write(&self, path: impl AsRef<Path>, content: &[u8]) {
         let path = self.path(path);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(&path, content).unwrap();
@@ -97,7 +97,7 @@ impl Project {
     }
 
     /// Makes the tree what `nodes` says.
-    pub fn build(&self, nodes: &Nodes) {
+    pub(crate) fn build(&self, nodes: &Nodes) {
         for (path, node) in nodes {
             let path = self.path(path);
             match node {
@@ -115,24 +115,24 @@ impl Project {
     }
 
     /// The guest looks at everything.
-    pub fn serve(&self) {
+    pub(crate) fn serve(&self) {
         for path in self.nodes().keys() {
             let metadata = self.path(path).symlink_metadata().unwrap();
             self.bases.record_first(path, Base::of(&metadata));
         }
     }
 
-    pub fn nodes(&self) -> Nodes {
+    pub(crate) fn nodes(&self) -> Nodes {
         let mut nodes = Nodes::new();
         collect(&self.root(), Path::new(""), &mut nodes);
         nodes
     }
 
-    pub fn read(&self, path: &str) -> String {
+    pub(crate) fn read(&self, path: &str) -> String {
         std::fs::read_to_string(self.path(path)).unwrap()
     }
 
-    pub fn recorder(&self, name: &str, limits: ChangeLimits) -> ChangeRecorder {
+    pub(crate) fn recorder(&self, name: &str, limits: ChangeLimits) -> ChangeRecorder {
         let bases = Arc::clone(&self.bases);
         let origin = Origin {
             workspace: self.root(),
@@ -143,7 +143,7 @@ impl Project {
         ChangeRecorder::new(&self.state().join(name), origin, limits).unwrap()
     }
 
-    pub fn try_record(&self, name: &str, sent: &[Sent]) -> Result<ChangeSet, RecordError> {
+    pub(crate) fn try_record(&self, name: &str, sent: &[Sent]) -> Result<ChangeSet, RecordError> {
         let mut recorder = self.recorder(name, ChangeLimits::for_disk(1 << 30));
         for (path, entry, data) in sent {
             recorder.begin_entry(path, entry.clone())?;
@@ -156,12 +156,12 @@ impl Project {
         recorder.finish()
     }
 
-    pub fn record(&self, sent: &[Sent]) -> ChangeSet {
+    pub(crate) fn record(&self, sent: &[Sent]) -> ChangeSet {
         self.try_record("set", sent).unwrap()
     }
 
     /// Records and applies everything.
-    pub fn take(&self, sent: &[Sent]) -> (ChangeSet, ApplyReport) {
+    pub(crate) fn take(&self, sent: &[Sent]) -> (ChangeSet, ApplyReport) {
         let mut set = self.record(sent);
         let report = apply(&mut set, &take_all()).unwrap();
         self.assert_tidy();
@@ -169,13 +169,13 @@ impl Project {
     }
 
     /// No temporary name is left in the workspace.
-    pub fn assert_tidy(&self) {
+    pub(crate) fn assert_tidy(&self) {
         let left: Vec<_> = self.nodes().into_keys().filter(|path| is_temporary(path)).collect();
         assert!(left.is_empty(), "left over: {left:?}");
     }
 }
 
-pub fn is_temporary(path: &Path) -> bool {
+pub(crate) fn is_temporary(path: &Path) -> bool {
     path.iter().any(|name| name.as_bytes().starts_with(b".agentkernel-") && name.len() > 30)
 }
 

@@ -8,6 +8,8 @@ mod read;
 mod write;
 
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::RwLock;
 
 use rustix::fs::{FileType, Stat};
@@ -86,6 +88,24 @@ impl FileServer {
         let outcome = self.answer(request, &mut writer);
         writer.finish(request.unique, outcome);
         true
+    }
+
+    /// Messages for the guest's kernel (to be written to its `/dev/fuse` like replies) that make it forget what it
+    /// knows of `path`, relative to the root, because the host has changed it: a file that `apply` wrote, say. None
+    /// where the guest never looked there. Writing one may fail with `ENOENT`, which means that nothing was cached,
+    /// and may wait for a lookup to end: so never in the thread that relays the replies.
+    pub fn invalidate(&self, path: &Path) -> Vec<Vec<u8>> {
+        let path = path.as_os_str().as_bytes();
+        let Some((parent, node)) = self.nodes.known(path).filter(|_| !path.is_empty()) else {
+            return Vec::new();
+        };
+        let name = path.rsplit(|&byte| byte == b'/').next().unwrap_or(path);
+        let mut messages = vec![abi::notify_entry(parent, name)];
+        if let Some(node) = node {
+            self.recent.remove(node);
+            messages.insert(0, abi::notify_inode(node));
+        }
+        messages
     }
 
     /// Number of nodes the guest holds, the root included.
@@ -244,7 +264,7 @@ impl FileServer {
         let ends = path.iter().enumerate().filter(|&(_, &byte)| byte == b'/').map(|(at, _)| at);
         for above in ends.map(|end| &path[..end]) {
             let stat = self.export.tree.stat(above)?;
-            if !self.export.view.shows(above, Facts::of(&stat)) {
+            if !self.export.view.still_admits(above, Facts::of(&stat)) {
                 return Err(Errno::NOENT);
             }
         }

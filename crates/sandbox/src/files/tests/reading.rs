@@ -184,6 +184,31 @@ fn bases_are_what_files_were_when_first_served() {
     assert!(bases.get(Path::new("listed")).is_some());
 }
 
+#[test]
+fn a_replaced_file_is_never_mixed_with_the_old_one() {
+    let directory = directory();
+    let root = directory.path();
+    fs::create_dir(root.join("d")).unwrap();
+    fs::write(root.join("d/file"), "old").unwrap();
+    fs::write(root.join("new"), "newer").unwrap();
+    let client = Client::read_only(root);
+    let old = client.walk("d/file").unwrap();
+    assert_eq!(client.read(old.node, 0, 0, 9).unwrap(), b"old");
+    fs::rename(root.join("new"), root.join("d/file")).unwrap();
+    assert_eq!(client.read(old.node, 0, 0, 9).unwrap(), b"old", "still open");
+    let messages = client.server.invalidate(Path::new("d/file"));
+    assert_eq!(messages.iter().map(|message| message[4]).collect::<Vec<_>>(), [2, 3]);
+    for message in &messages {
+        assert_eq!(u32::from_le_bytes(message[..4].try_into().unwrap()) as usize, message.len());
+    }
+    assert_eq!(messages[1][32..], *b"file\0");
+    assert_eq!(client.read(old.node, 0, 0, 9), Err(Errno::STALE));
+    assert_eq!(client.read(client.walk("d/file").unwrap().node, 0, 0, 9).unwrap(), b"newer");
+    assert_eq!(client.server.invalidate(Path::new("d/absent")).len(), 1, "absence is cached, too");
+    assert!(client.server.invalidate(Path::new("never/seen")).is_empty());
+    assert!(client.server.invalidate(Path::new("")).is_empty());
+}
+
 /// A small host: toolchain directories in a closed home, a few system files.
 fn host(root: &Path) -> Client {
     for directory in ["usr/bin", "usr/lib/closed", "etc/ssl/private", "home/ann/.cargo/bin", "home/ann/.ssh"]

@@ -69,12 +69,14 @@ impl HostImageView {
     }
 
     pub(super) fn shows(&self, path: &[u8], facts: Facts) -> bool {
+        self.admits(path, facts) && !secrets::hidden_on_host(path)
+    }
+
+    /// The part of [`Self::shows`] that may change while a path stays the same: what the bits say.
+    pub(super) fn admits(&self, path: &[u8], facts: Facts) -> bool {
         let zone = self.zone(path);
-        if zone == Zone::Outside || secrets::hidden_on_host(path) {
-            return false;
-        }
         match facts.kind {
-            FileType::Symlink => true,
+            FileType::Symlink => zone != Zone::Outside,
             FileType::Directory => zone == Zone::Passage || allowed(zone, facts, OWNER_PASS, OTHERS_PASS),
             FileType::RegularFile => allowed(zone, facts, OWNER_READ, OTHERS_READ),
             _ => false,

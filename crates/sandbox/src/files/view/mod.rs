@@ -55,6 +55,14 @@ impl View {
             }
     }
 
+    /// Whether what was shown once may still be passed or read, now that `lstat` says `facts` of it.
+    pub(super) fn still_admits(&self, path: &[u8], facts: Facts) -> bool {
+        match self {
+            Self::HostImage(view) => path.is_empty() || view.admits(path, facts),
+            Self::Workspace(_) => true,
+        }
+    }
+
     /// How a shown directory is listed.
     pub(super) fn listing(&self, path: &[u8], facts: Facts) -> Listing {
         match self {

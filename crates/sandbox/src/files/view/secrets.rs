@@ -1,13 +1,43 @@
 //! Names that stand for secrets.
 //!
-//! A pattern is one or more names joined by `/`, each with `*` for any bytes; it means an entry whose path ends
-//! so, or, after a leading `/`, whose whole path reads so. Case does not matter. What lies below a hidden
-//! directory is hidden with it.
+//! A host image's pattern is one or more names joined by `/`, each with `*` for any bytes. Case does not matter.
+//! What lies below a hidden directory is hidden with it.
 
-use super::super::abi::MAX_PATH;
+use std::sync::LazyLock;
+
+/// Hidden in `/etc` of a host image; whole paths below it.
+const ETC: &[&str] = &[
+    "NetworkManager/system-connections",
+    "wpa_supplicant*",
+    "wireguard",
+    "openvpn",
+    "netplan",
+    "ppp",
+    "iwd",
+    "shadow*",
+    "gshadow*",
+    "opasswd",
+    "security/opasswd",
+    "sudoers*",
+    "krb5.keytab",
+    "samba",
+    "cups",
+    "fstab",
+    "crypttab*",
+    "apt/auth.conf*",
+    "kubernetes",
+    "rancher",
+    "docker",
+    "credstore*",
+    // What tells one machine from another, and what the guest gets from us.
+    "machine-id",
+    "resolv.conf",
+    "hosts",
+    "hostname",
+];
 
 /// Hidden wherever they lie in a host image.
-const HOST: &[&str] = &[
+const ANYWHERE: &[&str] = &[
     // Private keys and the like, by form.
     "*.key",
     "privkey*.pem",
@@ -38,33 +68,6 @@ const HOST: &[&str] = &[
     "ipsec.d/private",
     "ipsec.secrets*",
     "swanctl/private",
-    "/etc/NetworkManager/system-connections",
-    "/etc/wpa_supplicant*",
-    "/etc/wireguard",
-    "/etc/openvpn",
-    "/etc/netplan",
-    "/etc/ppp",
-    "/etc/iwd",
-    "/etc/shadow*",
-    "/etc/gshadow*",
-    "/etc/opasswd",
-    "/etc/security/opasswd",
-    "/etc/sudoers*",
-    "/etc/krb5.keytab",
-    "/etc/samba",
-    "/etc/cups",
-    "/etc/fstab",
-    "/etc/crypttab*",
-    "/etc/apt/auth.conf*",
-    "/etc/kubernetes",
-    "/etc/rancher",
-    "/etc/docker",
-    "/etc/credstore*",
-    // What tells one machine from another, and what the guest gets from us.
-    "/etc/machine-id",
-    "/etc/resolv.conf",
-    "/etc/hosts",
-    "/etc/hostname",
     // Credentials of users' programs.
     ".agentkernel",
     ".aws",
@@ -107,9 +110,23 @@ const HOST: &[&str] = &[
     ".env.*",
 ];
 
+/// [`ANYWHERE`] with the last names split off, because those decide nearly always.
+static ANYWHERE_SPLIT: LazyLock<Vec<(&str, &str)>> = LazyLock::new(|| {
+    ANYWHERE.iter().map(|pattern| pattern.rsplit_once('/').unwrap_or(("", pattern))).collect()
+});
+
 /// Whether the deny-list of host images names this path (relative to `/`).
 pub(super) fn hidden_on_host(path: &[u8]) -> bool {
-    HOST.iter().any(|pattern| matches_path(pattern.as_bytes(), path))
+    if let Some(below) = path.strip_prefix(b"etc/")
+        && ETC.iter().any(|pattern| is_whole(pattern.as_bytes(), below))
+    {
+        return true;
+    }
+    let end = path.iter().rposition(|&byte| byte == b'/');
+    let (above, name) = end.map_or((&[][..], path), |end| (&path[..end], &path[end + 1..]));
+    ANYWHERE_SPLIT.iter().any(|(pattern_above, pattern)| {
+        matches_name(pattern.as_bytes(), name) && ends_so(pattern_above.as_bytes(), above)
+    })
 }
 
 /// Default hidden names of a workspace, in the syntax of `.gitignore`; a `!` line of `.agentkernelignore`
@@ -171,23 +188,25 @@ pub(super) const WORKSPACE: &[&str] = &[
     "!*.example.tfvars",
 ];
 
-/// Whether `path` ends as `pattern` reads, or is it where the pattern starts with a slash.
-fn matches_path(pattern: &[u8], path: &[u8]) -> bool {
-    if let Some(anchored) = pattern.strip_prefix(b"/") {
-        let names = || path.split(|&byte| byte == b'/');
-        let patterns = || anchored.split(|&byte| byte == b'/');
-        return names().count() == patterns().count()
-            && names().zip(patterns()).all(|(name, pattern)| matches_name(pattern, name));
-    }
+/// Whether the names of `path` match those of `pattern`, one by one.
+fn is_whole(pattern: &[u8], path: &[u8]) -> bool {
+    let names = || path.split(|&byte| byte == b'/');
+    let patterns = || pattern.split(|&byte| byte == b'/');
+    names().count() == patterns().count()
+        && names().zip(patterns()).all(|(name, pattern)| matches_name(pattern, name))
+}
+
+/// Whether the last names of `path` match those of `pattern`, which may be empty.
+fn ends_so(pattern: &[u8], path: &[u8]) -> bool {
     let mut names = path.rsplit(|&byte| byte == b'/');
-    pattern
-        .rsplit(|&byte| byte == b'/')
-        .all(|pattern| names.next().is_some_and(|name| matches_name(pattern, name)))
+    pattern.is_empty()
+        || pattern
+            .rsplit(|&byte| byte == b'/')
+            .all(|pattern| names.next().is_some_and(|name| matches_name(pattern, name)))
 }
 
 /// Whether `name` matches `pattern`, in which `*` stands for any bytes.
 fn matches_name(pattern: &[u8], name: &[u8]) -> bool {
-    debug_assert!(name.len() <= MAX_PATH);
     let (mut at, mut next) = (0, 0);
     // After a `*`: where the pattern goes on, and the name's byte it was last tried from.
     let mut retry: Option<(usize, usize)> = None;
@@ -233,16 +252,22 @@ mod tests {
     }
 
     #[test]
-    fn patterns_mean_ends_of_paths_or_whole_paths() {
-        for (pattern, path, expected) in [
-            ("ssl/private", "etc/ssl/private", true),
-            ("ssl/private", "etc/openssl/private", false),
-            ("ssl/private", "private", false),
-            ("/etc/hosts", "etc/hosts", true),
-            ("/etc/hosts", "usr/etc/hosts", false),
-            ("/etc/hosts", "etc", false),
+    fn patterns_mean_ends_of_paths_or_whole_paths_in_etc() {
+        for (path, expected) in [
+            ("etc/ssl/private", true),
+            ("opt/SSL/Private", true),
+            ("etc/openssl/private", false),
+            ("private", false),
+            ("etc/hosts", true),
+            ("usr/etc/hosts", false),
+            ("etc/NetworkManager/system-connections", true),
+            ("etc/apt/auth.conf.d", true),
+            ("etc/apt", false),
+            ("root/.cargo/config.toml", true),
+            ("usr/share/config.toml", false),
+            ("etc", false),
         ] {
-            assert_eq!(matches_path(pattern.as_bytes(), path.as_bytes()), expected, "{pattern} {path}");
+            assert_eq!(hidden_on_host(path.as_bytes()), expected, "{path}");
         }
     }
 }

@@ -21,12 +21,11 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use serde::Serialize;
 
 use self::examine::Verdict;
-use super::changes::{APPLYING, Change, ChangeKind, ChangeSet, ChangeSetError};
+use super::changes::{Change, ChangeKind, ChangeSet, ChangeSetError};
 use super::tree::{PERMISSIONS, Tree};
 use super::{Base, BaseTable, RelativePath};
 
@@ -212,7 +211,7 @@ pub fn apply(set: &mut ChangeSet, options: &ApplyOptions) -> Result<ApplyReport,
     let lock = if options.dry_run { None } else { Some(begin(set)?) };
     let tree = Tree::open(set.workspace())
         .map_err(|source| ApplyError::Workspace { path: set.workspace().to_owned(), source })?;
-    if lock.is_some() && set.directory().join(APPLYING).exists() {
+    if lock.is_some() && set.is_applying() {
         repair::repair(&tree, set);
     }
     let plan = plan::plan(&tree, set.entries(), options);
@@ -231,9 +230,8 @@ pub fn apply(set: &mut ChangeSet, options: &ApplyOptions) -> Result<ApplyReport,
         touched: BTreeSet::new(),
         stop: false,
     };
-    let marker = set.directory().join(APPLYING);
     if lock.is_some() && !plan.chosen.is_empty() {
-        mark(&marker).map_err(ChangeSetError::io(&marker))?;
+        set.set_applying(true)?;
     }
     run.all(&plan.chosen);
     run.finish(&plan.chosen);
@@ -245,7 +243,7 @@ pub fn apply(set: &mut ChangeSet, options: &ApplyOptions) -> Result<ApplyReport,
             Err(error) if error.is_absent() => {}
             other => other?,
         }
-        remove_marker(&marker).map_err(ChangeSetError::io(&marker))?;
+        set.set_applying(false)?;
     }
     report.remaining = set.entries().len();
     report.sort();
@@ -258,41 +256,22 @@ pub fn apply(set: &mut ChangeSet, options: &ApplyOptions) -> Result<ApplyReport,
 /// # Errors
 /// The workspace cannot be entered, or the set cannot be used.
 pub fn repair_apply(set: &mut ChangeSet) -> Result<(), ApplyError> {
-    let marker = set.directory().join(APPLYING);
-    if !marker.exists() {
+    if !set.is_applying() {
         return Ok(());
     }
     let _lock = begin(set)?;
     let tree = Tree::open(set.workspace())
         .map_err(|source| ApplyError::Workspace { path: set.workspace().to_owned(), source })?;
     repair::repair(&tree, set);
-    remove_marker(&marker).map_err(ChangeSetError::io(&marker))?;
+    set.set_applying(false)?;
     Ok(())
 }
 
 /// Takes the set for this process and reads what others left of it.
 fn begin(set: &mut ChangeSet) -> Result<File, ApplyError> {
-    let path = set.directory().to_owned();
-    let lock = File::open(set.content_path()).map_err(ChangeSetError::io(&path))?;
-    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {}
-        Err(Errno::WOULDBLOCK) => return Err(ApplyError::Busy),
-        Err(error) => return Err(ChangeSetError::io(path)(error.into()).into()),
-    }
+    let lock = set.lock()?.ok_or(ApplyError::Busy)?;
     set.reload()?;
     Ok(lock)
-}
-
-fn mark(marker: &Path) -> io::Result<()> {
-    File::create(marker)?;
-    File::open(marker.parent().unwrap_or(Path::new(".")))?.sync_all()
-}
-
-fn remove_marker(marker: &Path) -> io::Result<()> {
-    match std::fs::remove_file(marker) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
 }
 
 /// One pass over the chosen changes.

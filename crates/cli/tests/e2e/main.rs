@@ -1,0 +1,15 @@
+//! The program end to end, in real machines, as whoever runs the tests: root or an unprivileged user.
+//!
+//! Needs QEMU, `mke2fs`, `python3`, `busybox` and a kernel to fetch or find; what is missing fails. Each test has a home
+//! of its own, and ends by asserting that no process, socket or directory of it is left.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod bad_input;
+mod faults;
+mod host;
+mod image;
+mod isolation;
+mod running;
+mod streams;
+mod terminal;
+mod workspace;

@@ -1,0 +1,183 @@
+//! Lists an upper layer: what was changed in a copy-on-write mount.
+//!
+//! The layer is read as overlayfs writes it: a character device 0/0 stands for something removed, and the attribute
+//! `trusted.overlay.opaque` for a directory through which nothing shows.
+
+use std::ffi::{CString, OsString};
+use std::fs::File;
+use std::io::{Error, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::sync::Arc;
+
+use agentkernel_protocol::frame::{self, CHUNK, FrameError};
+use agentkernel_protocol::message::Change;
+use agentkernel_protocol::mux::Stream;
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
+use serde_bytes::ByteBuf;
+use tokio::io::AsyncWriteExt;
+use tokio::sync::mpsc;
+use tokio::task::spawn_blocking;
+
+const OPAQUE: &str = "trusted.overlay.opaque";
+/// Deepest directory that is listed; deeper ones have paths longer than any program can use.
+const DEPTH_LIMIT: usize = 2048;
+
+/// Sends all changes, then `End`.
+pub(crate) async fn serve(upper: Arc<OwnedFd>, mut stream: Stream) -> Result<(), FrameError> {
+    let (sender, mut receiver) = mpsc::channel(16);
+    let walk = spawn_blocking(move || {
+        let mut send = |change| sender.blocking_send(change).map_err(|_| Error::other("the host is gone"));
+        let last = match walk(&upper, &mut send) {
+            Ok(()) => Change::End,
+            Err(error) => Change::Failed { message: error.to_string() },
+        };
+        let _ = send(last);
+    });
+    while let Some(change) = receiver.recv().await {
+        frame::write(&mut stream, &change).await?;
+    }
+    let _ = walk.await;
+    Ok(stream.shutdown().await?)
+}
+
+/// A directory whose entries are being listed.
+struct Level {
+    directory: OwnedFd,
+    /// Names still to come, the next one last.
+    names: Vec<OsString>,
+    /// Length of this directory's own path in the path buffer.
+    path_length: usize,
+}
+
+/// Walks the layer, parents before children, names in order.
+fn walk(upper: &OwnedFd, send: &mut dyn FnMut(Change) -> Result<(), Error>) -> Result<(), Error> {
+    let root = rustix::fs::openat(upper, ".", directory_flags(), Mode::empty())?;
+    let mut path = Vec::new();
+    let mut levels = vec![Level { names: names(&root)?, directory: root, path_length: 0 }];
+    while let Some(level) = levels.last_mut() {
+        path.truncate(level.path_length);
+        let Some(name) = level.names.pop() else {
+            levels.pop();
+            continue;
+        };
+        if !path.is_empty() {
+            path.push(b'/');
+        }
+        path.extend_from_slice(name.as_bytes());
+        if let Some(directory) = report(&level.directory, &name, &path, send)? {
+            if levels.len() >= DEPTH_LIMIT {
+                return Err(Error::other("directories are nested too deeply"));
+            }
+            levels.push(Level { names: names(&directory)?, directory, path_length: path.len() });
+        }
+    }
+    Ok(())
+}
+
+/// Sends one entry; returns it opened if it is a directory to descend into.
+fn report(
+    parent: &OwnedFd,
+    name: &OsString,
+    path: &[u8],
+    send: &mut dyn FnMut(Change) -> Result<(), Error>,
+) -> Result<Option<OwnedFd>, Error> {
+    let stat = rustix::fs::statat(parent, name.as_os_str(), AtFlags::SYMLINK_NOFOLLOW)?;
+    let path = ByteBuf::from(path);
+    let mode = stat.st_mode & 0o7777;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::Directory => {
+            let directory = rustix::fs::openat(parent, name.as_os_str(), directory_flags(), Mode::empty())?;
+            send(Change::Directory { path, mode, opaque: is_opaque(&directory) })?;
+            Ok(Some(directory))
+        }
+        FileType::RegularFile => {
+            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+            let file = File::from(rustix::fs::openat(parent, name.as_os_str(), flags, Mode::empty())?);
+            let size = stat.st_size.cast_unsigned();
+            let modified_ns =
+                stat.st_mtime.saturating_mul(1_000_000_000).saturating_add_unsigned(stat.st_mtime_nsec);
+            send(Change::File { path, mode, size, modified_ns })?;
+            send_content(file, size, send).map(|()| None)
+        }
+        FileType::Symlink => {
+            let target = rustix::fs::readlinkat(parent, name.as_os_str(), Vec::new())?;
+            send(Change::Symlink { path, target: ByteBuf::from(target.into_bytes()) }).map(|()| None)
+        }
+        FileType::CharacterDevice if stat.st_rdev == 0 => send(Change::Removed { path }).map(|()| None),
+        _ => send(Change::Special { path }).map(|()| None),
+    }
+}
+
+fn send_content(mut file: File, size: u64, send: &mut dyn FnMut(Change) -> Result<(), Error>) -> Result<(), Error> {
+    let mut left = size;
+    let mut buffer = vec![0; CHUNK];
+    while left > 0 {
+        let want = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
+        let count = file.read(&mut buffer[..want])?;
+        if count == 0 {
+            return Err(Error::other("a file shrank while it was read"));
+        }
+        send(Change::Data(ByteBuf::from(&buffer[..count])))?;
+        left -= count as u64;
+    }
+    Ok(())
+}
+
+/// The names in a directory, the first one last.
+fn names(directory: &OwnedFd) -> Result<Vec<OsString>, Error> {
+    let mut names = Vec::new();
+    for entry in Dir::read_from(directory)? {
+        let entry = entry?;
+        let name: CString = entry.file_name().to_owned();
+        if !matches!(name.as_bytes(), b"." | b"..") {
+            names.push(OsString::from_vec(name.into_bytes()));
+        }
+    }
+    names.sort_by(|first, second| second.cmp(first));
+    Ok(names)
+}
+
+fn is_opaque(directory: &OwnedFd) -> bool {
+    let mut value = [0; 2];
+    matches!(rustix::fs::fgetxattr(directory, OPAQUE, &mut value[..]), Ok(1)) && value[0] == b'y'
+}
+
+fn directory_flags() -> OFlags {
+    OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_layer_is_listed_in_order_with_parents_first() {
+        let layer = tempfile::tempdir().unwrap();
+        let at = |path: &str| layer.path().join(path);
+        std::fs::create_dir_all(at("b/deep")).unwrap();
+        std::fs::write(at("b/deep/file"), vec![7; CHUNK + 1]).unwrap();
+        std::fs::write(at("a"), b"").unwrap();
+        std::os::unix::fs::symlink("/nowhere", at("c")).unwrap();
+        let odd = std::ffi::OsStr::from_bytes(b"\xff\n");
+        std::fs::write(layer.path().join(odd), b"odd").unwrap();
+        let root = rustix::fs::open(layer.path(), directory_flags(), Mode::empty()).unwrap();
+        let mut seen = Vec::new();
+        let mut bytes = 0;
+        walk(&root, &mut |change| {
+            match change {
+                Change::Data(data) => bytes += data.len(),
+                Change::File { path, size, .. } => seen.push((path.into_vec(), size)),
+                Change::Directory { path, opaque, .. } => seen.push((path.into_vec(), u64::from(opaque))),
+                Change::Symlink { path, target } => seen.push((path.into_vec(), target.len() as u64)),
+                other => panic!("{other:?}"),
+            }
+            Ok(())
+        })
+        .unwrap();
+        let expected: [(&[u8], u64); 6] =
+            [(b"a", 0), (b"b", 0), (b"b/deep", 0), (b"b/deep/file", CHUNK as u64 + 1), (b"c", 8), (b"\xff\n", 3)];
+        assert_eq!(seen, expected.map(|(path, size)| (path.to_vec(), size)));
+        assert_eq!(bytes, CHUNK + 4);
+    }
+}

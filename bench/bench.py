@@ -11,6 +11,7 @@ temporary directory, it makes no bridge and no firewall rule, and it is gone aft
 
 import argparse
 import contextlib
+import ctypes
 import datetime
 import hashlib
 import json
@@ -32,6 +33,7 @@ PYTHON = "/usr/bin/python3"
 LIMIT = 600
 MIB = 1 << 20
 STREAM_BLOCKS = 1024
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def fail(text):
@@ -72,6 +74,11 @@ class Docker:
         self.socket = self.directory / "docker.sock"
         self.process = None
         self.log = None
+        self.cgroup = f"agentkernel-bench-{os.getpid()}"
+        # What dockerd makes outside the directories it is given.
+        self.foreign = [path for path in map(Path, ("/run/docker", "/run/containerd")) if not path.exists()]
+        # Processes that its death orphans become ours, to be ended and reaped.
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     def __enter__(self):
         try:
@@ -88,13 +95,16 @@ class Docker:
         if not program or not self.client:
             fail("docker.io is not installed: scripts/install-packages bench")
         self.log = open(self.directory / "log", "wb")
+        # Not the machine's configuration, which may set the same options.
+        (self.directory / "daemon.json").write_text("{}")
         own = self.directory
         self.process = subprocess.Popen(
             [
                 program,
                 *("--data-root", own / "data", "--exec-root", own / "exec", "--pidfile", own / "pid"),
-                *("--host", f"unix://{self.socket}", "--config-file", own / "no-configuration"),
+                *("--host", f"unix://{self.socket}", "--config-file", own / "daemon.json"),
                 *("--bridge=none", "--iptables=false", "--ip6tables=false", "--storage-driver=overlay2"),
+                *("--exec-opt", "native.cgroupdriver=cgroupfs", "--cgroup-parent", f"/{self.cgroup}"),
             ],
             stdin=subprocess.DEVNULL,
             stdout=self.log,
@@ -129,7 +139,7 @@ class Docker:
         return self.command("run", "--rm", "--network", "none", self.IMAGE, *words)
 
     def __exit__(self, *_):
-        """Containers, daemon, mounts, files: all of it, in this order."""
+        """Containers, daemon, what it left running, mounts, files: all of it, in this order."""
         if self.process and self.process.poll() is None:
             listed = subprocess.run(self.command("ps", "-aq"), capture_output=True, stdin=subprocess.DEVNULL)
             if containers := listed.stdout.decode().split():
@@ -142,22 +152,35 @@ class Docker:
                 self.process.wait()
         if self.log:
             self.log.close()
-        for process in self.children_left():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        self.reap()
         mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
         for mount in sorted((mount for mount in mounts if mount.startswith(f"{self.directory}/")), reverse=True):
             subprocess.run(["umount", "--lazy", mount], capture_output=True)
+        for path in [*Path("/sys/fs/cgroup").glob(f"*/{self.cgroup}"), Path("/sys/fs/cgroup", self.cgroup), *self.foreign]:
+            self.remove_empty(path)
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def children_left(self):
-        """Processes that name our directory on their command line: a daemon that was killed leaves its own behind."""
-        needle = str(self.directory).encode()
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) != os.getpid():
-                with contextlib.suppress(OSError):
-                    if needle in (entry / "cmdline").read_bytes():
-                        yield int(entry.name)
+    @staticmethod
+    def remove_empty(directory):
+        """Removes a tree of empty directories (control groups are such); one that is in use stays."""
+        for inner, _, _ in os.walk(directory, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(inner)
+
+    @staticmethod
+    def reap():
+        """Waits for what the daemon left to us; ends it if it does not end by itself."""
+        deadline = time.monotonic() + 5
+        while True:
+            try:
+                reaped, _ = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if reaped == 0:
+                time.sleep(0.05)
+                if time.monotonic() > deadline:
+                    for child in Path("/proc/thread-self/children").read_text().split():
+                        os.kill(int(child), signal.SIGKILL)
 
 
 # ---- agentkernel ----------------------------------------------------------------------------------------------------

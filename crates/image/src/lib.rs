@@ -8,11 +8,14 @@
 //! path of the host. Nothing needs root and no external program runs.
 
 #![forbid(unsafe_code)]
+#![allow(unexpected_cfgs, reason = "cargo-fuzz sets cfg(fuzzing)")]
 
 mod cache;
 mod config;
 mod digest;
 mod error;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod layer;
 mod layout;
 mod limits;

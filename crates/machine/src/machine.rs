@@ -128,3 +128,20 @@ pub enum MachineError {
         reason: String,
     },
 }
+
+impl std::fmt::Display for Exit {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.reason {
+            ExitReason::Guest => formatter.write_str("the guest restarted or powered off"),
+            ExitReason::Panic => formatter.write_str("the guest's kernel panicked"),
+            ExitReason::Killed => formatter.write_str("it was stopped"),
+            ExitReason::Signal { signal } => write!(formatter, "its process was killed by signal {signal}"),
+            ExitReason::Failed { code } => write!(formatter, "its process failed with exit code {code}"),
+            ExitReason::Unknown => formatter.write_str("its process is gone"),
+        }?;
+        match &self.explanation {
+            Some(explanation) => write!(formatter, ": {explanation}"),
+            None => Ok(()),
+        }
+    }
+}

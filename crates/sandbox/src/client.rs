@@ -167,6 +167,7 @@ fn spawn(directory: &SandboxDirectory, spec: &Spec, lock: std::fs::File) -> Resu
     let child = Command::new(&spec.program)
         .arg(SUPERVISE_VERB)
         .arg(directory.path())
+        .args(tracing::enabled!(tracing::Level::DEBUG).then_some("--verbose"))
         .stdin(Stdio::from(std::os::fd::OwnedFd::from(far)))
         .stdout(Stdio::from(lock))
         // A group of its own: Ctrl-C at the terminal is for the program in the guest, not for the supervisor.

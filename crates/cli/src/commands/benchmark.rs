@@ -8,7 +8,7 @@ use agentkernel_sandbox::{Problem, plain, setup};
 use serde::Serialize;
 use serde_bytes::ByteBuf;
 
-use super::execute::{Captured, Ended, Sink, execute};
+use super::execute::{Captured, Ended, Sink, Source, execute};
 use super::{block_on, launch as starting};
 use crate::arguments::BenchmarkArguments;
 use crate::{environment, ui};
@@ -52,7 +52,7 @@ pub(super) fn benchmark(arguments: &BenchmarkArguments) -> Result<u8, Problem> {
         for _ in 0..arguments.count {
             let begun = Instant::now();
             let mut captured = Captured::default();
-            let ended = execute(&mut lease, exec.clone(), Sink::Capture(&mut captured)).await?;
+            let ended = execute(&mut lease, exec.clone(), Source::Nothing, Sink::Capture(&mut captured)).await?;
             runs_ms.push(milliseconds(begun));
             check(&ended, &captured)?;
         }

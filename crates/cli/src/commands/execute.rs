@@ -6,15 +6,18 @@
 //! ```
 
 use std::io::ErrorKind;
+use std::sync::Arc;
 
 use agentkernel_protocol::frame::CHUNK;
-use agentkernel_protocol::message::{Exec, ExecFailure, ExecInput, ExecOutput, Exit, ExitStatus};
+use agentkernel_protocol::message::{
+    Exec, ExecFailure, ExecInput, ExecOutput, Exit, ExitStatus, STDIN_WINDOW,
+};
 use agentkernel_sandbox::client::{ExecutionInput, ExecutionOutput, Lease};
 use agentkernel_sandbox::{Problem, problem};
 use serde_bytes::ByteBuf;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use crate::terminal::{self, RawMode};
 
@@ -71,32 +74,40 @@ pub(super) enum Sink<'a> {
     Capture(&'a mut Captured),
 }
 
+/// Where the program's input comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    Stdin,
+    Nothing,
+}
+
 /// Runs `exec` to its end.
 ///
 /// # Errors
 /// If the sandbox dies first.
-pub(super) async fn execute(lease: &mut Lease, exec: Exec, sink: Sink<'_>) -> Result<Ended, Problem> {
+pub(super) async fn execute(lease: &mut Lease, exec: Exec, source: Source, sink: Sink<'_>) -> Result<Ended, Problem> {
     let interactive = exec.terminal.is_some() && terminal::is_interactive();
     let execution = lease.exec(exec).await?;
     let _raw = if interactive { RawMode::enter() } else { None };
     let (sender, receiver) = mpsc::channel(4);
     let input = tokio::spawn(send_inputs(execution.input, receiver));
-    let stdin = tokio::spawn(read_stdin(sender.clone()));
+    let window = Arc::new(Semaphore::new(STDIN_WINDOW));
+    let stdin = tokio::spawn(read_stdin(source, sender.clone(), window.clone()));
     let ended = tokio::select! {
-        result = receive(execution.output, sink, &sender) => result,
+        result = receive(execution.output, sink, &sender, &window) => result,
         signal = watch_signals(&sender, interactive) => Ok(Ended::Abandoned { signal }),
     };
     stdin.abort();
     input.abort();
     match ended {
         Ok(ended) => Ok(ended),
-        Err(Broken::Stream(_)) => Err(lease.failure().await),
+        Err(Broken::Stream) => Err(lease.failure().await),
         Err(Broken::Output(error)) => Err(problem("output", &error, None)),
     }
 }
 
 enum Broken {
-    Stream(agentkernel_protocol::frame::FrameError),
+    Stream,
     Output(std::io::Error),
 }
 
@@ -111,13 +122,24 @@ async fn send_inputs(mut input: ExecutionInput, mut inputs: mpsc::Receiver<ExecI
     std::future::pending::<()>().await;
 }
 
-async fn read_stdin(inputs: mpsc::Sender<ExecInput>) {
+/// Sends standard input, never more of it than the guest has room for.
+async fn read_stdin(source: Source, inputs: mpsc::Sender<ExecInput>, window: Arc<Semaphore>) {
+    if source == Source::Nothing {
+        let _ = inputs.send(ExecInput::StdinEnd).await;
+        return;
+    }
     let mut stdin = tokio::io::stdin();
     let mut buffer = vec![0; CHUNK];
     loop {
+        // Room for a whole buffer first, the unused part back afterwards: what was read must not wait in here.
+        let Ok(room) = window.acquire_many(CHUNK as u32).await else { return };
         let message = match stdin.read(&mut buffer).await {
             Ok(0) | Err(_) => ExecInput::StdinEnd,
-            Ok(count) => ExecInput::Stdin(ByteBuf::from(&buffer[..count])),
+            Ok(count) => {
+                room.forget();
+                window.add_permits(CHUNK - count);
+                ExecInput::Stdin(ByteBuf::from(&buffer[..count]))
+            }
         };
         let last = message == ExecInput::StdinEnd;
         if inputs.send(message).await.is_err() || last {
@@ -130,12 +152,18 @@ async fn receive(
     mut output: ExecutionOutput,
     mut sink: Sink<'_>,
     inputs: &mpsc::Sender<ExecInput>,
+    window: &Semaphore,
 ) -> Result<Ended, Broken> {
     let mut stdout = Some(tokio::io::stdout());
     let mut stderr = Some(tokio::io::stderr());
     loop {
-        match output.next().await.map_err(Broken::Stream)? {
+        match output.next().await.map_err(|_| Broken::Stream)? {
             ExecOutput::Started { .. } => {}
+            // A guest that gives more back than it was sent gains nothing but its own trouble.
+            ExecOutput::StdinTaken(count) => {
+                let missing = STDIN_WINDOW.saturating_sub(window.available_permits());
+                window.add_permits(usize::try_from(count).unwrap_or(missing).min(missing));
+            }
             ExecOutput::Stdout(bytes) => match &mut sink {
                 Sink::Capture(captured) => captured.take(&bytes, false),
                 Sink::Streams => write(&mut stdout, &bytes, inputs).await?,

@@ -15,8 +15,8 @@ pub(crate) fn dispatch() -> Option<ExitCode> {
         return Some(jail::main());
     }
     if verb == client::SUPERVISE_VERB {
-        ui::start_logging(false);
         let directory = arguments.next().map(PathBuf::from)?;
+        ui::start_logging(arguments.next().is_some_and(|word| word == "--verbose"));
         // Whoever holds the lease was told what went wrong.
         return Some(match supervisor::main(directory) {
             Ok(()) => ExitCode::SUCCESS,

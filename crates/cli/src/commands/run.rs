@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde_bytes::ByteBuf;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::execute::{Captured, Ended, Sink, execute};
+use super::execute::{Captured, Ended, Sink, Source, execute};
 use super::{apply, block_on, launch as starting};
 use crate::arguments::RunArguments;
 use crate::{environment, terminal, ui};
@@ -43,7 +43,7 @@ async fn in_sandbox(arguments: &RunArguments, home: &Home, launch: &Launch, exec
     let started = begun.elapsed();
     let mut captured = Captured::default();
     let sink = if arguments.json { Sink::Capture(&mut captured) } else { Sink::Streams };
-    let ended = match execute(&mut lease, exec, sink).await {
+    let ended = match execute(&mut lease, exec, Source::Stdin, sink).await {
         Ok(ended) => ended,
         Err(problem) => {
             lease.release();

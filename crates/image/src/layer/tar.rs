@@ -457,7 +457,8 @@ fn check_extents(size: u64, data: u64, extents: &[Extent]) -> Result<(), &'stati
 
 fn checksum_holds(header: &Header, block: &[u8; BLOCK]) -> bool {
     let sum: u32 = block[..148].iter().chain(&block[156..]).map(|byte| u32::from(*byte)).sum();
-    header.cksum().is_ok_and(|stated| stated == sum + 8 * u32::from(b' '))
+    // A fuzzer would spend its time on sums otherwise.
+    cfg!(fuzzing) || header.cksum().is_ok_and(|stated| stated == sum + 8 * u32::from(b' '))
 }
 
 fn until_zero(mut data: Vec<u8>) -> Vec<u8> {

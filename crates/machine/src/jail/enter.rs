@@ -34,6 +34,8 @@ pub fn main() -> ExitCode {
     if close_others().is_err() {
         return ExitCode::FAILURE;
     }
+    // The directories of the new root must be open to the uid that will live in it, whatever the caller's mask.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     let stdin = io::stdin();
     let received = message::receive::<Orders>(&stdin);
     // Whoever calls this verb by hand has no socket there.

@@ -4,6 +4,7 @@
 //! program, its libraries and its data are at their usual paths; files of the machine are `/file-N`.
 
 use std::fs;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -36,6 +37,7 @@ pub(super) fn reopened_name(index: usize) -> String {
 /// Everything the new root will hold, with an empty file system to put it in.
 pub(super) struct Prepared {
     attachments: Vec<Attachment>,
+    owner: Option<u32>,
     links: Vec<(&'static str, PathBuf)>,
 }
 
@@ -48,7 +50,7 @@ pub(super) fn prepare(orders: &Orders, descriptors: &[OwnedFd]) -> Result<Prepar
     let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
     mount("machine", PLACE, "tmpfs", flags, Some(c"size=1m,mode=755"))
         .map_err(doing("mount an empty root"))?;
-    Ok(Prepared { attachments, links })
+    Ok(Prepared { attachments, owner: orders.identity, links })
 }
 
 impl Prepared {
@@ -56,7 +58,10 @@ impl Prepared {
     pub(super) fn enter(self) -> Result<(), Failure> {
         let place = Path::new(PLACE);
         for attachment in &self.attachments {
-            attach(place, attachment)?;
+            let own = self.owner.filter(|_| attachment.device);
+            if own.is_none_or(|owner| make_device(place, attachment, owner).is_err()) {
+                attach(place, attachment)?;
+            }
         }
         for (name, target) in self.links {
             // A link that is in the way of a directory that was attached is not needed.
@@ -66,11 +71,9 @@ impl Prepared {
         rustix::process::pivot_root(".", ".").map_err(doing("change the root"))?;
         unmount(".", UnmountFlags::DETACH).map_err(doing("let go of the old root"))?;
         rustix::process::chdir("/").map_err(doing("enter the new root"))?;
-        let flags = MountFlags::NOSUID
-            | MountFlags::NOEXEC
-            | MountFlags::NODEV
-            | MountFlags::RDONLY
-            | MountFlags::BIND;
+        // Without NODEV where devices were made in it; to make more takes a capability that is given up next.
+        let devices = if self.owner.is_some() { MountFlags::empty() } else { MountFlags::NODEV };
+        let flags = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::RDONLY | MountFlags::BIND | devices;
         mount_remount("/", flags, c"").map_err(doing("make the new root read-only"))
     }
 }
@@ -115,6 +118,26 @@ fn copy_tree(path: &Path, place: PathBuf, device: bool) -> Result<Attachment, Fa
     let tree =
         open_tree(&opened, "", flags).map_err(doing(format!("copy the mount of {}", path.display())))?;
     Ok(Attachment { tree, place, directory, device })
+}
+
+/// Root makes the machine device nodes of its own: those of the host may be root's alone (`/dev/kvm` without udev).
+fn make_device(root: &Path, attachment: &Attachment, owner: u32) -> io::Result<()> {
+    use rustix::fs::{FileType, Gid, Mode, Uid, chown, fstat, mknodat};
+    let place = root.join(&attachment.place);
+    if let Some(parent) = place.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    let device = fstat(&attachment.tree)?;
+    mknodat(CWD, &place, FileType::CharacterDevice, Mode::RUSR | Mode::WUSR, device.st_rdev)?;
+    let made = chown(&place, Some(Uid::from_raw(owner)), Some(Gid::from_raw(owner)));
+    // A device that is not usable there (a container's policy) makes way for the host's.
+    let usable = made
+        .map_err(io::Error::from)
+        .and_then(|()| fs::OpenOptions::new().read(true).write(true).open(&place));
+    if usable.is_err() {
+        fs::remove_file(&place)?;
+    }
+    usable.map(drop)
 }
 
 fn attach(root: &Path, attachment: &Attachment) -> Result<(), Failure> {

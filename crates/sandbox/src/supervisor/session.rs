@@ -56,6 +56,7 @@ async fn live(spec: &Spec, sandbox: &SandboxDirectory, lease: &mut Lease, lock: 
     let listener = UnixListener::bind(CONTROL_SOCKET).map_err(io("open the control socket"))?;
     let exports = Exports::open(spec)?;
     let directory = sandbox.path();
+    tracing::debug!("the supervisor is up");
     let started = machine::start(spec, sandbox, lock).await?;
     confine(&Reach {
         read: exports.read_roots(),
@@ -63,6 +64,7 @@ async fn live(spec: &Spec, sandbox: &SandboxDirectory, lease: &mut Lease, lock: 
         own: directory.to_owned(),
     })
     .map_err(|message| plain("confinement", format!("the supervisor cannot confine itself: {message}"), None))?;
+    tracing::debug!("the machine's process runs");
     let deadline = boot_deadline(started.accelerator);
     let result = tokio::select! {
         result = converse(spec, directory, &exports, &listener, started.stream, deadline, lease) => Outcome::Talk(result),
@@ -115,7 +117,7 @@ async fn converse(
     let mut port = Port::new(stream);
     tokio::select! {
         greeting = tokio::time::timeout(deadline, port.greet(1)) => match greeting {
-            Ok(Ok(_answer)) => {}
+            Ok(Ok(answer)) => tracing::debug!("the agent greets, kernel {}", answer.kernel),
             Ok(Err(error)) => return Err(problem("boot", &error, None)),
             Err(_) => return Err(boot_timeout(deadline)),
         },
@@ -124,6 +126,7 @@ async fn converse(
     let (opener, driver) = mux::host(port.session());
     let talk = async {
         configure(spec, exports, &opener).await?;
+        tracing::debug!("the guest is configured");
         lease.send(&Event::Ready).await;
         tokio::select! {
             never = accept(listener, &opener) => match never {},

@@ -22,4 +22,5 @@ pub mod kernel;
 mod machine;
 pub mod qemu;
 
+pub use accelerator::Accelerator;
 pub use machine::{Capabilities, Exit, ExitReason, Machine, MachineError, Metrics, Work};

@@ -1,5 +1,6 @@
 //! What every driver offers: a running machine, whatever it runs on.
 
+use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
@@ -107,6 +108,24 @@ pub enum ExitReason {
     Unknown,
 }
 
+impl fmt::Display for Exit {
+    /// One line, to follow "the machine ended: ".
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.reason {
+            ExitReason::Guest => formatter.write_str("the guest powered off"),
+            ExitReason::Panic => formatter.write_str("the guest's kernel panicked"),
+            ExitReason::Killed => formatter.write_str("it was ended on request"),
+            ExitReason::Signal { signal } => write!(formatter, "its process was killed by signal {signal}"),
+            ExitReason::Failed { code } => write!(formatter, "its process failed with exit code {code}"),
+            ExitReason::Unknown => formatter.write_str("the system did not say how"),
+        }?;
+        match &self.explanation {
+            Some(words) => write!(formatter, ": {words}"),
+            None => Ok(()),
+        }
+    }
+}
+
 /// Why a request to a running machine failed.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
@@ -127,21 +146,4 @@ pub enum MachineError {
         /// Its words.
         reason: String,
     },
-}
-
-impl std::fmt::Display for Exit {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.reason {
-            ExitReason::Guest => formatter.write_str("the guest restarted or powered off"),
-            ExitReason::Panic => formatter.write_str("the guest's kernel panicked"),
-            ExitReason::Killed => formatter.write_str("it was stopped"),
-            ExitReason::Signal { signal } => write!(formatter, "its process was killed by signal {signal}"),
-            ExitReason::Failed { code } => write!(formatter, "its process failed with exit code {code}"),
-            ExitReason::Unknown => formatter.write_str("its process is gone"),
-        }?;
-        match &self.explanation {
-            Some(explanation) => write!(formatter, ": {explanation}"),
-            None => Ok(()),
-        }
-    }
 }

@@ -116,8 +116,8 @@ pub(crate) fn prepare_image(
 }
 
 /// What the host offers sandboxes, each with a remedy where it lacks something.
-pub async fn findings(home: &Home, program: &Path) -> Vec<Finding> {
-    agentkernel_machine::findings::findings(&home.cache(), None, program).await
+pub fn findings(home: &Home, program: &Path) -> Vec<Finding> {
+    agentkernel_machine::findings::findings(&home.cache(), program)
 }
 
 fn describe(step: agentkernel_image::Progress) -> String {

@@ -5,14 +5,12 @@ use std::fmt::Write as _;
 use agentkernel_sandbox::Problem;
 use agentkernel_sandbox::setup::{self, Status};
 
-use super::block_on;
 use crate::arguments::DoctorArguments;
 use crate::{environment, ui};
 
 pub(super) fn doctor(arguments: &DoctorArguments) -> Result<u8, Problem> {
     let home = environment::home()?;
-    let program = environment::program()?;
-    let findings = block_on(setup::findings(&home, &program))?;
+    let findings = setup::findings(&home, &environment::program()?);
     if arguments.json {
         ui::json(&findings);
     } else {

@@ -33,7 +33,10 @@ pub(super) fn run(arguments: &RunArguments) -> Result<u8, Problem> {
     }
     let launch = starting::settle(&home, &arguments.sandbox, quiet)?;
     let exec = exec_of(arguments, &launch);
-    block_on(in_sandbox(arguments, &home, &launch, exec))?
+    let code = block_on(in_sandbox(arguments, &home, &launch, exec))?;
+    // What was still dying when this command began, is dead by now.
+    home.sweep();
+    code
 }
 
 /// Starts the sandbox, runs the command, takes the changes.

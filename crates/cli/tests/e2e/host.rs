@@ -348,7 +348,7 @@ fn count_drafts(state: &Path) -> usize {
     entries.flatten().filter(|entry| entry.file_name().to_string_lossy().contains("new-")).count()
 }
 
-/// Copies a tree of files; hard links where that is possible, for a kernel is large.
+/// Copies a tree of files.
 pub(crate) fn copy_tree(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     set_mode(to, 0o700);
@@ -356,12 +356,8 @@ pub(crate) fn copy_tree(from: &Path, to: &Path) {
         let target = to.join(entry.file_name());
         if entry.file_type().unwrap().is_dir() {
             copy_tree(&entry.path(), &target);
-        } else if entry.path().extension().is_some_and(|extension| extension == "json") {
-            fs::copy(entry.path(), target).unwrap();
         } else {
-            fs::hard_link(entry.path(), &target)
-                .or_else(|_| fs::copy(entry.path(), &target).map(|_| ()))
-                .unwrap();
+            fs::copy(entry.path(), target).unwrap();
         }
     }
 }

@@ -12,7 +12,7 @@ use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use rustix::process::{Gid, Pid, Signal, Uid, getppid, set_parent_process_death_signal};
 use rustix::thread::UnshareFlags;
 
-use super::{Argument, FIRST_DESCRIPTOR, Layer, Orders, Report, Wall, message, restrict, root};
+use super::{Argument, FIRST_DESCRIPTOR, Layer, Orders, Report, Wall, filter, message, restrict, root};
 
 /// Above every descriptor that is passed on.
 const REPORT_DESCRIPTOR: i32 = 128;
@@ -80,18 +80,13 @@ impl Walls {
 /// Whoever started us may have left descriptors open across exec; none may reach the guarded program.
 #[allow(unsafe_code)]
 fn close_others() -> io::Result<()> {
-    const OPEN: &str = "/proc/self/fd";
-    let entries: Vec<_> = fs::read_dir(OPEN)?.collect::<Result<_, _>>()?;
-    let open = entries.iter().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    let open: Vec<i32> = open.filter(|descriptor| *descriptor > 2).collect();
-    // The entries hold the directory open.
-    drop(entries);
-    for descriptor in open {
-        // The directory's own was in the list and is closed by now.
-        if fs::symlink_metadata(format!("{OPEN}/{descriptor}")).is_ok() {
-            // SAFETY: it is open, and this process has opened nothing itself yet (see `main`): nothing owns the number.
-            unsafe { rustix::io::close(descriptor) };
-        }
+    let entries = fs::read_dir("/proc/self/fd")?.flatten();
+    let listed: Vec<i32> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    // The one of the directory that was just read is closed already.
+    let is_open = |descriptor: &i32| fs::read_link(format!("/proc/self/fd/{descriptor}")).is_ok();
+    for descriptor in listed.into_iter().filter(|descriptor| *descriptor > 2).filter(is_open) {
+        // SAFETY: it is open, and this process has opened nothing itself yet (see `main`), so no value of ours owns it.
+        unsafe { rustix::io::close(descriptor) };
     }
     Ok(())
 }
@@ -135,6 +130,8 @@ fn run(
     watch_parent(orders, walls)?;
     let paths = reopened_paths(orders, new_root);
     restrict::landlock(orders, &descriptors, &paths, new_root, walls)?;
+
+    filter::system_calls(walls);
 
     message::send(report, &Report::Layers(walls.layers.clone()), &[]).map_err(doing("report"))?;
     let Some(program) = &orders.program else { return Ok(()) };

@@ -8,7 +8,7 @@
 //! ```text
 //! supervisor, thread of the machine            <program> __jail
 //!   posix_spawn ─────────────────────────────>   close every descriptor but 0, 1, 2
-//!   orders + descriptors ────────────────────>   namespaces, new root, limits, uid, capabilities, landlock
+//!   orders + descriptors ────────────────────>   namespaces, new root, limits, uid, capabilities, landlock, seccomp
 //!   layers, or why not  <────────────────────    report
 //!   end of file         <────────────────────    exec
 //! ```
@@ -16,6 +16,7 @@
 //! process lives as long as it, because a parent-death signal fires when the parent's *thread* ends.
 
 mod enter;
+mod filter;
 mod message;
 mod restrict;
 mod root;
@@ -55,6 +56,8 @@ pub enum Wall {
     NoNewPrivileges,
     /// Files, TCP, signals and abstract sockets, as the kernel's landlock can deny them.
     Landlock,
+    /// No system call that reaches other processes, makes sockets, or that machines have no use for.
+    SystemCalls,
     /// Core files, file sizes, descriptors, processes, address space.
     ResourceLimits,
     /// The process dies with its supervisor.
@@ -74,6 +77,7 @@ impl Wall {
             Self::NoCapabilities => "no capabilities",
             Self::NoNewPrivileges => "no new privileges",
             Self::Landlock => "landlock",
+            Self::SystemCalls => "system calls",
             Self::ResourceLimits => "resource limits",
             Self::ParentDeath => "parent death",
         }

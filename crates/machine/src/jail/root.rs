@@ -6,10 +6,10 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, chown, symlink};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::CWD;
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, mount_change,
     mount_remount, move_mount, open_tree, unmount,
@@ -27,6 +27,8 @@ struct Attachment {
     place: PathBuf,
     directory: bool,
     device: bool,
+    /// A device that only root may use: its number, and who is to have a node of it.
+    node: Option<(u64, u32)>,
 }
 
 /// The name in the new root of a file that is passed as descriptor and opened again.
@@ -37,7 +39,6 @@ pub(super) fn reopened_name(index: usize) -> String {
 /// Everything the new root will hold, with an empty file system to put it in.
 pub(super) struct Prepared {
     attachments: Vec<Attachment>,
-    owner: Option<u32>,
     links: Vec<(&'static str, PathBuf)>,
 }
 
@@ -50,7 +51,7 @@ pub(super) fn prepare(orders: &Orders, descriptors: &[OwnedFd]) -> Result<Prepar
     let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
     mount("machine", PLACE, "tmpfs", flags, Some(c"size=1m,mode=755"))
         .map_err(doing("mount an empty root"))?;
-    Ok(Prepared { attachments, owner: orders.identity, links })
+    Ok(Prepared { attachments, links })
 }
 
 impl Prepared {
@@ -58,10 +59,7 @@ impl Prepared {
     pub(super) fn enter(self) -> Result<(), Failure> {
         let place = Path::new(PLACE);
         for attachment in &self.attachments {
-            let own = self.owner.filter(|_| attachment.device);
-            if own.is_none_or(|owner| make_device(place, attachment, owner).is_err()) {
-                attach(place, attachment)?;
-            }
+            attach(place, attachment)?;
         }
         for (name, target) in self.links {
             // A link that is in the way of a directory that was attached is not needed.
@@ -71,9 +69,11 @@ impl Prepared {
         rustix::process::pivot_root(".", ".").map_err(doing("change the root"))?;
         unmount(".", UnmountFlags::DETACH).map_err(doing("let go of the old root"))?;
         rustix::process::chdir("/").map_err(doing("enter the new root"))?;
-        // Without NODEV where devices were made in it; to make more takes a capability that is given up next.
-        let devices = if self.owner.is_some() { MountFlags::empty() } else { MountFlags::NODEV };
-        let flags = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::RDONLY | MountFlags::BIND | devices;
+        let flags = MountFlags::NOSUID
+            | MountFlags::NOEXEC
+            | MountFlags::NODEV
+            | MountFlags::RDONLY
+            | MountFlags::BIND;
         mount_remount("/", flags, c"").map_err(doing("make the new root read-only"))
     }
 }
@@ -90,7 +90,8 @@ fn collect(orders: &Orders, descriptors: &[OwnedFd]) -> Result<Vec<Attachment>, 
         }
     }
     for path in &orders.devices {
-        attachments.push(copy_tree(path, relative(path), true)?);
+        let node = orders.identity.and_then(|identity| Some((number_if_private(path)?, identity)));
+        attachments.push(Attachment { node, ..copy_tree(path, relative(path), true)? });
     }
     for (index, path) in &orders.reopened {
         let attachment = copy_tree(path, PathBuf::from(reopened_name(*index)), false)?;
@@ -107,6 +108,20 @@ fn relative(path: &Path) -> PathBuf {
     path.strip_prefix("/").unwrap_or(path).to_owned()
 }
 
+/// The number of a character device that neither a group nor everybody may use, as where no udev gave `/dev/kvm` away.
+fn number_if_private(path: &Path) -> Option<u64> {
+    let data = fs::symlink_metadata(path).ok()?;
+    let usable = data.mode() & 0o006 == 0o006 || (data.mode() & 0o060 == 0o060 && data.gid() != 0);
+    (data.file_type().is_char_device() && !usable).then(|| data.rdev())
+}
+
+/// A node of the device for one user, in the new root's own file system.
+fn make_node(place: &Path, number: u64, owner: u32) -> io::Result<OwnedFd> {
+    mknodat(CWD, place, FileType::CharacterDevice, Mode::RUSR | Mode::WUSR, number)?;
+    chown(place, Some(owner), Some(owner))?;
+    Ok(open_tree(CWD, place, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?)
+}
+
 fn copy_tree(path: &Path, place: PathBuf, device: bool) -> Result<Attachment, Failure> {
     let opened = open_without_links(path).map_err(doing(format!("open {}", path.display())))?;
     let directory = is_directory(&opened).map_err(doing("look at a file"))?;
@@ -117,27 +132,7 @@ fn copy_tree(path: &Path, place: PathBuf, device: bool) -> Result<Attachment, Fa
         | OpenTreeFlags::AT_RECURSIVE;
     let tree =
         open_tree(&opened, "", flags).map_err(doing(format!("copy the mount of {}", path.display())))?;
-    Ok(Attachment { tree, place, directory, device })
-}
-
-/// Root makes the machine device nodes of its own: those of the host may be root's alone (`/dev/kvm` without udev).
-fn make_device(root: &Path, attachment: &Attachment, owner: u32) -> io::Result<()> {
-    use rustix::fs::{FileType, Gid, Mode, Uid, chown, fstat, mknodat};
-    let place = root.join(&attachment.place);
-    if let Some(parent) = place.parent() {
-        fs::create_dir_all(parent)?;
-    }
-    let device = fstat(&attachment.tree)?;
-    mknodat(CWD, &place, FileType::CharacterDevice, Mode::RUSR | Mode::WUSR, device.st_rdev)?;
-    let made = chown(&place, Some(Uid::from_raw(owner)), Some(Gid::from_raw(owner)));
-    // A device that is not usable there (a container's policy) makes way for the host's.
-    let usable = made
-        .map_err(io::Error::from)
-        .and_then(|()| fs::OpenOptions::new().read(true).write(true).open(&place));
-    if usable.is_err() {
-        fs::remove_file(&place)?;
-    }
-    usable.map(drop)
+    Ok(Attachment { tree, place, directory, device, node: None })
 }
 
 fn attach(root: &Path, attachment: &Attachment) -> Result<(), Failure> {
@@ -146,12 +141,20 @@ fn attach(root: &Path, attachment: &Attachment) -> Result<(), Failure> {
     if let Some(parent) = parent {
         fs::create_dir_all(parent).map_err(doing("make a directory in the new root"))?;
     }
-    if !attachment.directory {
+    // Root without the capability to make nodes (in a container) gives its uid away and the device with it.
+    let node = attachment.node.and_then(|(number, owner)| make_node(&place, number, owner).ok());
+    if !attachment.directory && !place.exists() {
         touch(&place).map_err(doing("make a file in the new root"))?;
     }
     let shown = place.display();
-    move_mount(&attachment.tree, "", CWD, &place, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-        .map_err(doing(format!("attach {shown}")))?;
+    move_mount(
+        node.as_ref().unwrap_or(&attachment.tree),
+        "",
+        CWD,
+        &place,
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )
+    .map_err(doing(format!("attach {shown}")))?;
     let flags = match attachment.device {
         true => MountFlags::NOSUID | MountFlags::NOEXEC,
         false => MountFlags::NOSUID | MountFlags::NODEV | MountFlags::RDONLY,

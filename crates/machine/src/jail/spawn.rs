@@ -233,13 +233,18 @@ fn start(config: &JailConfig, orders: &Orders) -> Result<(Child, Started), JailE
             let errors = keep_errors(child.stderr.take());
             let _ = child.wait();
             Err(match error {
-                JailError::Talk { source } if is_hangup(&source) => {
+                JailError::Talk { source } if ended_early(&source) => {
                     JailError::Setup { reason: format!("it ended early: {}", errors.collect().trim()) }
                 }
                 error => error,
             })
         }
     }
+}
+
+fn ended_early(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }
 
 fn negotiate(
@@ -299,10 +304,4 @@ impl Errors {
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         String::from_utf8_lossy(&kept).into_owned()
     }
-}
-
-/// Whether the other side of the socket went away: its last words say more.
-fn is_hangup(error: &io::Error) -> bool {
-    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
-    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }

@@ -149,13 +149,13 @@ fn pvh_in_notes(mut notes: &[u8]) -> Option<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::*;
 
     /// The least ELF file that has the note.
-    fn elf_with_note(kind: u32) -> Vec<u8> {
+    pub(in crate::kernel) fn elf_with_note(kind: u32) -> Vec<u8> {
         let mut elf = vec![0_u8; 64 + 56];
         elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
         elf[18..20].copy_from_slice(&62_u16.to_le_bytes());

@@ -8,7 +8,7 @@
 //! ```
 //! [`prepare`] writes all of it under temporary names and renames; whoever reads sees one kernel or the other.
 
-mod command;
+pub(crate) mod command;
 pub(crate) mod decompress;
 mod image;
 mod modules;
@@ -21,7 +21,6 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use command::run as run_command;
 pub use decompress::DecompressError;
 pub use image::ImageError;
 pub use modules::ModulesError;
@@ -159,7 +158,24 @@ struct Record {
     configured: Option<Stamp>,
     directory: String,
     kernel: Piece,
+    /// What the kernel's file looked like when its content was last compared with the hash.
+    #[serde(default)]
+    seen: Option<Seen>,
     modules: Vec<Piece>,
+}
+
+/// Changes with any write to a file, and with its replacement.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Seen {
+    inode: u64,
+    changed: (i64, i64),
+}
+
+impl Seen {
+    fn of(path: &Path) -> Option<Self> {
+        let data = fs::metadata(path).ok()?;
+        Some(Self { inode: data.ino(), changed: (data.ctime(), data.ctime_nsec()) })
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -203,7 +219,9 @@ fn store(cache: &Path) -> PathBuf {
     cache.join("kernel")
 }
 
-/// The kernel that was prepared, without hashing it: record, presence and sizes are checked.
+/// The kernel that was prepared. Its content is compared with the recorded hash only if its file was touched since the
+/// last time; otherwise record, presence and sizes are checked. With `configured` it must
+/// have been made from that file as it is now; without, whatever was set up last is taken.
 ///
 /// # Errors
 /// [`KernelError`] with the hint `agentkernel setup` where the cache has no such kernel.
@@ -225,12 +243,13 @@ pub fn load_with(
     let store = store(cache);
     let record = read_record(&store)?;
     match (configured, &record.configured) {
-        (None, None) => {}
+        // Nothing in particular is asked for: what was set up last serves.
+        (None, _) => {}
         (Some(path), Some(stamp)) if Stamp::of(path).is_ok_and(|now| now == *stamp) => {}
         _ => return Err(KernelError::Stale),
     }
     let directory = store.join(&record.directory);
-    check_size(&directory.join("vmlinux"), record.kernel.size)?;
+    let record = check_kernel(&store, &directory.join("vmlinux"), record)?;
     let initramfs = ensure_initramfs(&store, &record, init, init_key)?;
     Ok(Kernel {
         vmlinux: directory.join("vmlinux"),
@@ -260,6 +279,37 @@ fn read_record(store: &Path) -> Result<Record, KernelError> {
         return Err(corrupt("holds a name that is none"));
     }
     Ok(record)
+}
+
+fn check_kernel(store: &Path, path: &Path, record: Record) -> Result<Record, KernelError> {
+    check_size(path, record.kernel.size)?;
+    let seen = Seen::of(path);
+    if seen.is_some() && seen == record.seen {
+        return Ok(record);
+    }
+    check_content(path, &record.kernel)?;
+    let record = Record { seen, ..record };
+    // Only saves time: where it cannot be written (a read-only cache), the next load hashes again.
+    let _ = write_record(store, &record);
+    Ok(record)
+}
+
+fn check_content(path: &Path, piece: &Piece) -> Result<(), KernelError> {
+    let bytes = atomic::read(path, piece.size).map_err(KernelError::file("read", path))?;
+    if atomic::sha256(&bytes) == piece.sha256 {
+        return Ok(());
+    }
+    Err(KernelError::Corrupt { path: path.to_owned(), problem: "is not what was recorded" })
+}
+
+fn write_record(store: &Path, record: &Record) -> Result<(), KernelError> {
+    let path = store.join("current.json");
+    let text = serde_json::to_vec_pretty(record).map_err(|error| KernelError::File {
+        action: "write",
+        path: path.clone(),
+        source: error.into(),
+    })?;
+    atomic::write(&path, &text).map_err(KernelError::file("write", &path))
 }
 
 fn check_size(path: &Path, size: u64) -> Result<(), KernelError> {
@@ -337,15 +387,11 @@ pub fn prepare(options: &KernelOptions, progress: &mut dyn FnMut(Progress)) -> R
     load(&options.cache, None)
 }
 
-/// [`load`], and the hashes too: setup is where a damaged cache is found out and mended.
+/// [`load`], and the hash in any case: setup is where a damaged cache is found out and mended.
 fn verified(options: &KernelOptions) -> Result<Kernel, KernelError> {
     let kernel = load(&options.cache, options.configured.as_deref())?;
-    let bytes = atomic::read(&kernel.vmlinux, image::KERNEL_LIMIT as u64)
-        .map_err(KernelError::file("read", &kernel.vmlinux))?;
-    if atomic::sha256(&bytes) == kernel.sha256 {
-        return Ok(kernel);
-    }
-    Err(KernelError::Corrupt { path: kernel.vmlinux, problem: "is not what was recorded" })
+    check_content(&kernel.vmlinux, &read_record(&store(&options.cache))?.kernel)?;
+    Ok(kernel)
 }
 
 /// `kernel.path`, with modules beside it (`../lib/modules/<release>` of a package's tree) or on the host.
@@ -428,7 +474,7 @@ fn modules_beside(kernel: &Path, release: &str) -> Option<PathBuf> {
 /// Unknown counts as enforced: a module with a signature loads everywhere.
 fn signatures_enforced(config: Option<&Path>) -> bool {
     let text = config.and_then(|path| atomic::read(path, CONFIG_LIMIT).ok()).unwrap_or_default();
-    let mut lines = text.split(|byte| *byte == b'\n');
+    let mut lines = text.split(|byte| *byte == b'\n').peekable();
     text.is_empty() || lines.any(|line| line == b"CONFIG_MODULE_SIG_FORCE=y")
 }
 
@@ -452,15 +498,12 @@ fn install(
     replace_directory(&temporary, &place).map_err(KernelError::file("write", &place))?;
 
     let modules = modules.iter().map(|module| Piece::of(&module.name, &module.bytes)).collect();
-    let record =
-        Record { version: RECORD_VERSION, release, origin, configured, directory, kernel: piece, modules };
-    let path = store.join("current.json");
-    let text = serde_json::to_vec_pretty(&record).map_err(|error| KernelError::File {
-        action: "write",
-        path: path.clone(),
-        source: error.into(),
-    })?;
-    atomic::write(&path, &text).map_err(KernelError::file("write", &path))
+    let seen = Seen::of(&place.join("vmlinux"));
+    let version = RECORD_VERSION;
+    write_record(
+        store,
+        &Record { version, release, origin, configured, directory, kernel: piece, seen, modules },
+    )
 }
 
 fn write_directory(directory: &Path, kernel: &[u8], modules: &[modules::Module]) -> io::Result<()> {
@@ -490,47 +533,43 @@ fn replace_directory(new: &Path, place: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    /// A cache as `prepare` leaves it, with a kernel that is none.
-    fn cache() -> tempfile::TempDir {
-        let cache = tempfile::tempdir().expect("a directory");
-        let store = store(cache.path());
-        fs::create_dir(&store).expect("a store");
-        let module = modules::Module { name: "virtio".to_owned(), bytes: b"module".to_vec() };
-        install(&store, "6.1.0".to_owned(), "a test".to_owned(), None, b"kernel", &[module])
-            .expect("installs");
-        cache
+    fn cause(result: Result<Kernel, KernelError>) -> &'static str {
+        match result {
+            Err(KernelError::Corrupt { problem, .. }) => problem,
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]
-    fn a_damaged_cache_is_told_with_a_way_out() {
-        let missing = tempfile::tempdir().expect("a directory");
-        assert!(matches!(load(missing.path(), None), Err(KernelError::Missing)));
+    fn damage_is_told_and_mended() {
+        let home = tempfile::tempdir().expect("a directory");
+        let file = home.path().join("vmlinux");
+        let mut elf = image::tests::elf_with_note(18);
+        elf.extend(b"Linux version 6.1.0-test (x)");
+        fs::write(&file, &elf).expect("written");
+        let cache = home.path().join("cache");
+        let options = KernelOptions { cache: cache.clone(), configured: Some(file.clone()), offline: true };
+        assert!(matches!(load(&cache, None), Err(KernelError::Missing)));
 
-        let cache = cache();
-        let kernel = load(cache.path(), None).expect("loads");
-        assert_eq!((kernel.release.as_str(), kernel.sha256), ("6.1.0", atomic::sha256(b"kernel")));
-        assert!(matches!(load(cache.path(), Some(Path::new("/boot/other"))), Err(KernelError::Stale)));
+        let kernel = prepare(&options, &mut |_| ()).expect("prepared");
+        assert_eq!(kernel.release, "6.1.0-test");
+        assert_eq!(load(&cache, Some(&file)).expect("loads"), kernel);
+        assert_eq!(load(&cache, None).expect("loads"), kernel);
+        let other = home.path().join("other");
+        assert!(matches!(load(&cache, Some(&other)), Err(KernelError::Stale)));
 
-        // An initramfs cut short is made again; with a damaged module it cannot be.
-        fs::write(&kernel.initramfs, "short").expect("written");
-        assert_eq!(load(cache.path(), None).expect("mends").initramfs, kernel.initramfs);
-        fs::write(&kernel.initramfs, "short").expect("written");
-        fs::write(kernel.vmlinux.with_file_name("virtio.ko"), "madule").expect("written");
-        assert!(matches!(load(cache.path(), None), Err(KernelError::Corrupt { .. })));
+        fs::write(&kernel.vmlinux, vec![0; elf.len()]).expect("overwritten");
+        assert_eq!(cause(load(&cache, None)), "is not what was recorded");
+        fs::write(&kernel.vmlinux, b"short").expect("overwritten");
+        assert_eq!(cause(load(&cache, None)), "has another size than recorded");
+        fs::remove_file(&kernel.vmlinux).expect("removed");
+        assert_eq!(cause(load(&cache, None)), "is missing");
+        prepare(&options, &mut |_| ()).expect("mended");
+        assert_eq!(load(&cache, None).expect("loads"), kernel);
 
-        fs::write(&kernel.vmlinux, "short").expect("written");
-        let error = load(cache.path(), None).expect_err("a kernel of another size");
-        assert_eq!(error.hint().as_deref(), Some("agentkernel setup"));
-        fs::write(store(cache.path()).join("current.json"), "{").expect("written");
-        assert!(matches!(load(cache.path(), None), Err(KernelError::Corrupt { .. })));
-    }
-
-    #[test]
-    fn a_record_leads_nowhere_else() {
-        let cache = cache();
-        let path = store(cache.path()).join("current.json");
-        let text = fs::read_to_string(&path).expect("the record");
-        fs::write(&path, text.replace("\"virtio\"", "\"../../virtio\"")).expect("written");
-        assert!(matches!(load(cache.path(), None), Err(KernelError::Corrupt { .. })));
+        fs::write(cache.join("kernel/current.json"), "{").expect("overwritten");
+        assert_eq!(cause(load(&cache, None)), "is not a record of this program");
+        fs::write(&file, "no kernel").expect("overwritten");
+        assert!(matches!(prepare(&options, &mut |_| ()), Err(KernelError::Image { .. })));
     }
 }

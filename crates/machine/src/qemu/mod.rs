@@ -16,7 +16,7 @@ mod qmp;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -24,6 +24,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use rustix::fs::OFlags;
 use tokio::net::UnixStream;
 
 use crate::accelerator::Accelerator;
@@ -42,7 +43,7 @@ pub const PROGRAM: &str = "qemu-system-x86_64";
 const DISK_LIMIT: usize = 16;
 const CPU_LIMIT: u32 = 64;
 /// What a machine needs beside its guest's memory: QEMU itself and its translated code.
-const OVERHEAD_MIB: u64 = 192;
+pub(crate) const OVERHEAD_MIB: u64 = 192;
 /// QEMU's libraries, stacks and allocator arenas: address space, not memory.
 const ADDRESS_SPACE_MIB: u64 = 6144;
 
@@ -74,7 +75,7 @@ pub struct MachineConfig {
 /// A disk of a machine.
 #[derive(Debug)]
 pub struct Disk {
-    /// Its content, raw. Opened for reading only if it is read-only, else for reading and writing.
+    /// Its content, raw. Opened read-write unless it is read-only.
     pub file: File,
     /// The guest cannot write to it.
     pub read_only: bool,
@@ -200,7 +201,7 @@ pub async fn start(config: MachineConfig) -> Result<QemuMachine, StartError> {
     let hardware = config.accelerator == Accelerator::Kvm;
     let limits = limits(&config);
     let log = config.console_log;
-    plan.disks(config.disks);
+    plan.disks(config.disks.into_iter().map(least_access).collect::<Result<_, _>>()?);
     let (arguments, descriptors) = plan.finish(config.inherit);
     let jail = JailConfig {
         readable: arguments::readable(&program),
@@ -243,12 +244,6 @@ fn check(config: &MachineConfig) -> Result<(), StartError> {
         if !(1..=20).contains(&disk.serial.len()) || !disk.serial.bytes().all(valid) {
             return refuse(format!("a disk of the serial {:?}", disk.serial));
         }
-        // A process that holds a writable descriptor can write, whatever its guest may.
-        let mode = rustix::fs::fcntl_getfl(&disk.file).map(|flags| flags & rustix::fs::OFlags::ACCMODE);
-        let wanted = if disk.read_only { rustix::fs::OFlags::RDONLY } else { rustix::fs::OFlags::RDWR };
-        if mode != Ok(wanted) {
-            return refuse(format!("the disk {:?} opened in another mode than it is used in", disk.serial));
-        }
     }
     let needed_mib = u64::from(config.memory_mib) + OVERHEAD_MIB;
     match available_memory_mib() {
@@ -256,6 +251,21 @@ fn check(config: &MachineConfig) -> Result<(), StartError> {
             Err(StartError::TooLittleMemory { needed_mib, available_mib })
         }
         _ => Ok(()),
+    }
+}
+
+/// A descriptor with no more rights than the disk has: the guest's wall is QEMU, QEMU's is the kernel. (And QEMU takes
+/// no descriptor whose mode is another than the one it would open a file with.)
+fn least_access(disk: Disk) -> Result<Disk, StartError> {
+    let link = PathBuf::from(format!("/proc/self/fd/{}", disk.file.as_raw_fd()));
+    let flags = rustix::fs::fcntl_getfl(&disk.file)
+        .map_err(|error| StartError::Open { path: link.clone(), source: error.into() })?;
+    match (disk.read_only, flags & OFlags::RWMODE) {
+        (true, OFlags::RDONLY) | (false, OFlags::RDWR) => Ok(disk),
+        (true, _) => Ok(Disk { file: open(&link)?, ..disk }),
+        (false, _) => {
+            Err(StartError::Config { what: format!("a disk {} that cannot be written", disk.serial) })
+        }
     }
 }
 

@@ -110,6 +110,9 @@ async fn read(reader: OwnedReadHalf, answers: mpsc::Sender<Answer>) {
             Ok(0) | Err(_) => return,
             Ok(_) => {
                 tracing::warn!("the machine sent a control line of more than {LINE_LIMIT} bytes");
+                // Dropping this half would leave the socket open, and its sender waiting for room.
+                let socket: &UnixStream = reader.get_ref().as_ref();
+                let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
                 return;
             }
         }
@@ -168,10 +171,8 @@ mod tests {
         runtime().block_on(async {
             let (ours, mut theirs) = UnixStream::pair().expect("a pair");
             let qmp = Qmp::connect(ours);
-            // Its end is not awaited: nobody reads the socket any more, but it stays open as long as the connection.
-            let flood = tokio::spawn(async move { while theirs.write_all(&[b'x'; 4096]).await.is_ok() {} });
-            let result = qmp.execute("stop", "pause").await;
-            flood.abort();
+            let flood = async move { while theirs.write_all(&[b'x'; 4096]).await.is_ok() {} };
+            let (result, ()) = tokio::join!(qmp.execute("stop", "pause"), flood);
             assert!(matches!(result, Err(MachineError::Ended)));
         });
     }

@@ -75,7 +75,7 @@ pub(crate) struct RunArguments {
     #[arg(short, long)]
     pub quiet: bool,
     /// The command and its arguments.
-    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
 }
 
@@ -187,7 +187,7 @@ pub(crate) struct BenchmarkArguments {
     #[arg(long)]
     pub json: bool,
     /// The command to run.
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND", default_value = "true")]
+    #[arg(trailing_var_arg = true, value_name = "COMMAND", default_value = "true")]
     pub command: Vec<OsString>,
 }
 

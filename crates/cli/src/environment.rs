@@ -24,7 +24,9 @@ pub(crate) fn home() -> Result<Home, Problem> {
 pub(crate) fn home_directory() -> Result<PathBuf, Problem> {
     let home = env::var_os("HOME").map(PathBuf::from).filter(|home| home.is_absolute());
     let home = home.or_else(|| passwd_entry().map(|entry| entry.home));
-    let home = home.ok_or_else(|| plain("no-home", "no home directory is known", Some("set HOME, or AGENTKERNEL_HOME")))?;
+    let home = home.ok_or_else(|| {
+        plain("no-home", "no home directory is known", Some("set HOME, or AGENTKERNEL_HOME"))
+    })?;
     Ok(home.canonicalize().unwrap_or(home))
 }
 
@@ -33,7 +35,8 @@ pub(crate) fn user() -> Result<HostUser, Problem> {
     let uid = rustix::process::geteuid().as_raw();
     let gid = rustix::process::getegid().as_raw();
     let variable = |name| env::var(name).ok().filter(|value| !value.is_empty());
-    let name = passwd_entry().map(|entry| entry.name).or_else(|| variable("LOGNAME")).or_else(|| variable("USER"));
+    let name =
+        passwd_entry().map(|entry| entry.name).or_else(|| variable("LOGNAME")).or_else(|| variable("USER"));
     Ok(HostUser { name: name.unwrap_or_else(|| uid.to_string()), uid, gid, home: home_directory()? })
 }
 
@@ -62,7 +65,9 @@ fn passwd_entry() -> Option<PasswdEntry> {
     text.lines().find_map(|line| {
         let fields: Vec<&str> = line.split(':').collect();
         match fields[..] {
-            [name, _, id, _, _, home, _] if id == uid => Some(PasswdEntry { name: name.into(), home: home.into() }),
+            [name, _, id, _, _, home, _] if id == uid => {
+                Some(PasswdEntry { name: name.into(), home: home.into() })
+            }
             _ => None,
         }
     })

@@ -15,7 +15,9 @@ pub(crate) fn is_interactive() -> bool {
 pub(crate) fn size() -> WindowSize {
     let size = termios::tcgetwinsize(stdio::stdout()).or_else(|_| termios::tcgetwinsize(stdio::stdin()));
     match size {
-        Ok(size) if size.ws_row > 0 && size.ws_col > 0 => WindowSize { rows: size.ws_row, columns: size.ws_col },
+        Ok(size) if size.ws_row > 0 && size.ws_col > 0 => {
+            WindowSize { rows: size.ws_row, columns: size.ws_col }
+        }
         _ => WindowSize { rows: 24, columns: 80 },
     }
 }

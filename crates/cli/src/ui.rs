@@ -55,7 +55,6 @@ pub(crate) fn start_logging(verbose: bool) {
     let _ = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
         .with_timer(tracing_subscriber::fmt::time::uptime())
         .with_target(false)
         .try_init();
@@ -99,17 +98,21 @@ impl Drop for Status {
 
 /// Colours `text` if stderr is a terminal that wants colours.
 pub(crate) fn paint(text: &str, code: &str) -> String {
-    let wanted = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    let wanted =
+        std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     if wanted { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
 }
 
 /// Shows a path of a hostile guest so that it cannot write to the terminal: control characters escaped.
 pub(crate) fn path(path: &std::path::Path) -> String {
-    path.to_string_lossy().chars().flat_map(|character| {
-        let escaped = character.is_control();
-        let plain = (!escaped).then_some(character);
-        plain.into_iter().chain(character.escape_default().filter(move |_| escaped))
-    }).collect()
+    path.to_string_lossy()
+        .chars()
+        .flat_map(|character| {
+            let escaped = character.is_control();
+            let plain = (!escaped).then_some(character);
+            plain.into_iter().chain(character.escape_default().filter(move |_| escaped))
+        })
+        .collect()
 }
 
 fn stderr(text: &str) {

@@ -53,7 +53,9 @@ mod tests {
 
     #[test]
     fn sizes() {
-        for (text, mib) in [("512", 512), ("512M", 512), ("2g", 2048), ("1.5GiB", 1536), ("2048k", 2), ("64MB", 64)] {
+        for (text, mib) in
+            [("512", 512), ("512M", 512), ("2g", 2048), ("1.5GiB", 1536), ("2048k", 2), ("64MB", 64)]
+        {
             assert_eq!(size_mib(text), Ok(mib), "{text}");
         }
         for text in ["", "0", "-1", "4X", "é", "nan", "inf", "1e400", "1k", "M"] {
@@ -63,7 +65,8 @@ mod tests {
 
     #[test]
     fn durations() {
-        for (text, ms) in [("30", 30_000), ("1.5s", 1500), ("200ms", 200), ("5m", 300_000), ("1h", 3_600_000)] {
+        for (text, ms) in [("30", 30_000), ("1.5s", 1500), ("200ms", 200), ("5m", 300_000), ("1h", 3_600_000)]
+        {
             assert_eq!(duration(text), Ok(Duration::from_millis(ms)), "{text}");
         }
         for text in ["", "0", "-1s", "5 m", "1y", "é", "inf", "1e30h"] {

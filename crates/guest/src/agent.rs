@@ -36,8 +36,11 @@ pub(crate) fn run(booted: Booted) -> Result<Infallible, Error> {
 
 async fn serve(booted: Booted) -> Result<Infallible, Error> {
     let reaper = Reaper::start()?;
-    let agent =
-        Rc::new(Agent { reaper, file_systems: fuse::FileSystems::default(), layout: std::sync::OnceLock::new() });
+    let agent = Rc::new(Agent {
+        reaper,
+        file_systems: fuse::FileSystems::default(),
+        layout: std::sync::OnceLock::new(),
+    });
     let mut port = Port::new(PortIo::new(booted.port)?);
     loop {
         if let Err(error) = port.accept(&booted.kernel).await {

@@ -109,7 +109,11 @@ fn report(
     }
 }
 
-fn send_content(mut file: File, size: u64, send: &mut dyn FnMut(Change) -> Result<(), Error>) -> Result<(), Error> {
+fn send_content(
+    mut file: File,
+    size: u64,
+    send: &mut dyn FnMut(Change) -> Result<(), Error>,
+) -> Result<(), Error> {
     let mut left = size;
     let mut buffer = vec![0; CHUNK];
     while left > 0 {
@@ -175,8 +179,14 @@ mod tests {
             Ok(())
         })
         .unwrap();
-        let expected: [(&[u8], u64); 6] =
-            [(b"a", 0), (b"b", 0), (b"b/deep", 0), (b"b/deep/file", CHUNK as u64 + 1), (b"c", 8), (b"\xff\n", 3)];
+        let expected: [(&[u8], u64); 6] = [
+            (b"a", 0),
+            (b"b", 0),
+            (b"b/deep", 0),
+            (b"b/deep/file", CHUNK as u64 + 1),
+            (b"c", 8),
+            (b"\xff\n", 3),
+        ];
         assert_eq!(seen, expected.map(|(path, size)| (path.to_vec(), size)));
         assert_eq!(bytes, CHUNK + 4);
     }

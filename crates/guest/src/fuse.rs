@@ -41,7 +41,11 @@ impl FileSystems {
     /// Mounts the file system and relays until the host ends the stream; then whoever uses it gets errors, not silence.
     pub(crate) async fn serve(&self, tag: &str, read_only: bool, stream: Stream) -> Result<(), Error> {
         let good = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
-        if tag.is_empty() || tag.len() > 32 || !tag.bytes().all(good) || !self.tags.borrow_mut().insert(tag.into()) {
+        if tag.is_empty()
+            || tag.len() > 32
+            || !tag.bytes().all(good)
+            || !self.tags.borrow_mut().insert(tag.into())
+        {
             return Err(Error::new(ErrorKind::InvalidInput, "the tag is malformed or in use"));
         }
         let device = open_and_mount(tag, read_only)?;

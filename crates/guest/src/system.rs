@@ -25,7 +25,8 @@ struct PoolInfo {
 pub(crate) fn reseed(entropy: &[u8]) -> Result<(), Error> {
     let random = File::options().write(true).open("/dev/urandom")?;
     let size = entropy.len().min(ENTROPY);
-    let mut info = PoolInfo { entropy_bits: (size * 8) as libc::c_int, size: size as libc::c_int, bytes: [0; ENTROPY] };
+    let mut info =
+        PoolInfo { entropy_bits: (size * 8) as libc::c_int, size: size as libc::c_int, bytes: [0; ENTROPY] };
     info.bytes[..size].copy_from_slice(&entropy[..size]);
     // SAFETY: `info` has the layout of `struct rand_pool_info` with its buffer behind it, and lives through the call.
     if unsafe { libc::ioctl(random.as_raw_fd(), ADD_ENTROPY, &raw const info) } != 0 {

@@ -42,10 +42,12 @@ fn resolve_in(text: &str, passwd: &str, group: &str) -> Result<User, String> {
         None => (text, None),
     };
     let user = if user.is_empty() { "0" } else { user };
-    let entries = || passwd.lines().map(|line| line.split(':').collect::<Vec<_>>()).filter(|fields| fields.len() >= 6);
+    let entries =
+        || passwd.lines().map(|line| line.split(':').collect::<Vec<_>>()).filter(|fields| fields.len() >= 6);
     let by_name = entries().find(|fields| fields[0] == user && fields[2].parse::<u32>().is_ok());
     let number = user.parse::<u32>().ok();
-    let entry = by_name.or_else(|| entries().find(|fields| number.is_some() && fields[2].parse::<u32>().ok() == number));
+    let entry = by_name
+        .or_else(|| entries().find(|fields| number.is_some() && fields[2].parse::<u32>().ok() == number));
     let uid = match (&entry, number) {
         (Some(fields), _) => fields[2].parse().map_err(|_| format!("user {user} has no id"))?,
         (None, Some(number)) => number,
@@ -86,7 +88,8 @@ fn memberships<'a>(name: &'a str, group: &'a str) -> impl Iterator<Item = u32> +
 mod tests {
     use super::*;
 
-    const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nbroken\napp:x:1000:1001::/srv/app:/bin/sh\n7:x:70:71::/seven:/\n";
+    const PASSWD: &str =
+        "root:x:0:0:root:/root:/bin/sh\nbroken\napp:x:1000:1001::/srv/app:/bin/sh\n7:x:70:71::/seven:/\n";
     const GROUP: &str = "root:x:0:\napp:x:1001:\nextra:x:77:other,app\nmore:x:78:app\n";
 
     fn ids(text: &str) -> Result<(u32, u32, Vec<u32>), String> {

@@ -74,7 +74,9 @@ impl Lease {
                 lease.release();
                 Err(problem)
             }
-            Ok(Event::Finished { .. }) => Err(plain("supervisor", "the supervisor answered out of turn", None)),
+            Ok(Event::Finished { .. }) => {
+                Err(plain("supervisor", "the supervisor answered out of turn", None))
+            }
         }
     }
 
@@ -83,16 +85,21 @@ impl Lease {
     /// # Errors
     /// If the supervisor cannot be reached.
     pub async fn exec(&self, exec: Exec) -> Result<Execution, Problem> {
-        let directory = rustix::fs::open(self.directory.path(), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
-            .map_err(os("reach the sandbox"))?;
+        let directory =
+            rustix::fs::open(self.directory.path(), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+                .map_err(os("reach the sandbox"))?;
         // A socket's path holds 107 bytes at most, a state directory's may be longer.
-        let socket = format!("/proc/self/fd/{}/{CONTROL_SOCKET}", std::os::fd::AsRawFd::as_raw_fd(&directory));
+        let socket =
+            format!("/proc/self/fd/{}/{CONTROL_SOCKET}", std::os::fd::AsRawFd::as_raw_fd(&directory));
         let stream = UnixStream::connect(socket).await.map_err(io("reach the sandbox's supervisor"))?;
         let (reader, mut writer) = stream.into_split();
         frame::write(&mut writer, &ControlRequest::Exec(Box::new(exec)))
             .await
             .map_err(|error| problem("control", &error, None))?;
-        Ok(Execution { output: ExecutionOutput { reader: BufReader::with_capacity(64 << 10, reader) }, input: ExecutionInput { writer } })
+        Ok(Execution {
+            output: ExecutionOutput { reader: BufReader::with_capacity(64 << 10, reader) },
+            input: ExecutionInput { writer },
+        })
     }
 
     /// Says that the work is done and takes the changes.
@@ -125,7 +132,10 @@ impl Lease {
     /// Resident memory of the sandbox's processes on the host.
     pub fn memory(&self) -> Memory {
         let supervisor = self.supervisor.id();
-        Memory { machine: machine_of(supervisor).and_then(resident_bytes), supervisor: resident_bytes(supervisor) }
+        Memory {
+            machine: machine_of(supervisor).and_then(resident_bytes),
+            supervisor: resident_bytes(supervisor),
+        }
     }
 
     /// Ends the sandbox and waits until nothing is left of it.
@@ -151,16 +161,22 @@ impl Lease {
     async fn event(&mut self) -> Result<Event, Problem> {
         match frame::read(&mut self.stream).await {
             Ok(event) => Ok(event),
-            Err(error) if error.is_disconnect() => {
-                Err(plain("supervisor-died", "the sandbox's supervisor was killed, and the sandbox with it", None))
-            }
+            Err(error) if error.is_disconnect() => Err(plain(
+                "supervisor-died",
+                "the sandbox's supervisor was killed, and the sandbox with it",
+                None,
+            )),
             Err(error) => Err(problem("control", &error, None)),
         }
     }
 }
 
 /// Starts the supervisor with the lease as its standard input and the lock as its standard output.
-fn spawn(directory: &SandboxDirectory, spec: &Spec, lock: std::fs::File) -> Result<(UnixStream, Child), Problem> {
+fn spawn(
+    directory: &SandboxDirectory,
+    spec: &Spec,
+    lock: std::fs::File,
+) -> Result<(UnixStream, Child), Problem> {
     let what = "start the sandbox's supervisor";
     let (near, far) = std::os::unix::net::UnixStream::pair().map_err(io(what))?;
     near.set_nonblocking(true).map_err(io(what))?;

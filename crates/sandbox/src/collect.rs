@@ -35,7 +35,8 @@ pub(crate) async fn changes(
         visible: Box::new(move |path| view.visible(&root.join(path))),
     };
     let limits = ChangeLimits::for_disk(spec.disk_mib << 20);
-    let recorder = ChangeRecorder::new(&directory.join(DIRECTORY), origin, limits).map_err(|error| refused(&error))?;
+    let recorder =
+        ChangeRecorder::new(&directory.join(DIRECTORY), origin, limits).map_err(|error| refused(&error))?;
     let mut stream = opener.open().await.map_err(|error| wire(&error))?;
     frame::write(&mut stream, &Request::Changes { mount }).await.map_err(|error| wire(&error))?;
     let set = record(recorder, &mut stream).await?;
@@ -56,7 +57,9 @@ async fn record(mut recorder: ChangeRecorder, stream: &mut Stream) -> Result<Cha
         let (path, entry) = match change {
             Change::Removed { path } => (path, UpperEntry::Removed),
             Change::Directory { path, mode, opaque } => (path, UpperEntry::Directory { mode, opaque }),
-            Change::File { path, mode, size, modified_ns } => (path, UpperEntry::File { mode, size, modified_ns }),
+            Change::File { path, mode, size, modified_ns } => {
+                (path, UpperEntry::File { mode, size, modified_ns })
+            }
             Change::Symlink { path, target } => (path, UpperEntry::Symlink { target: target.into_vec() }),
             Change::Special { path } => (path, UpperEntry::Special),
             Change::End => return recorder.finish().map_err(|error| refused(&error)),

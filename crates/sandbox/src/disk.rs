@@ -49,10 +49,15 @@ fn template(cache: &Path, size_mib: u64) -> Result<PathBuf, Problem> {
 fn make(path: &Path, size_mib: u64) -> Result<(), Problem> {
     let file = private_file().create_new(true).open(path).map_err(io("make a disk"))?;
     file.set_len(size_mib << 20).map_err(io("make a disk"))?;
-    let program = ["/usr/sbin/mke2fs", "/sbin/mke2fs", "/usr/bin/mke2fs"].iter().find(|path| Path::new(path).exists());
+    let program =
+        ["/usr/sbin/mke2fs", "/sbin/mke2fs", "/usr/bin/mke2fs"].iter().find(|path| Path::new(path).exists());
     let Some(program) = program else {
         let hint = "apt-get install e2fsprogs";
-        return Err(plain("mke2fs-missing", "mke2fs, which makes the sandboxes' disks, is not installed", Some(hint)));
+        return Err(plain(
+            "mke2fs-missing",
+            "mke2fs, which makes the sandboxes' disks, is not installed",
+            Some(hint),
+        ));
     };
     let journal_mib = (size_mib / 64).clamp(4, 16);
     let output = Command::new(program)

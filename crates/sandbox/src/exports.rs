@@ -36,10 +36,13 @@ impl Exports {
 
     /// Opens everything `spec` shares.
     pub(crate) fn open(spec: &Spec) -> Result<Self, Problem> {
-        let mut exports = Self { served: Vec::new(), read: Vec::new(), write: Vec::new(), bases: Arc::default() };
+        let mut exports =
+            Self { served: Vec::new(), read: Vec::new(), write: Vec::new(), bases: Arc::default() };
         if let Image::Host { toolchains, .. } = &spec.image {
             let export = host_image(toolchains)?;
-            exports.read.extend(crate::files::SYSTEM_DIRECTORIES.iter().map(|name| Path::new("/").join(name)));
+            exports
+                .read
+                .extend(crate::files::SYSTEM_DIRECTORIES.iter().map(|name| Path::new("/").join(name)));
             exports.read.extend(toolchains.iter().cloned());
             exports.add(Self::HOST, true, export);
         }

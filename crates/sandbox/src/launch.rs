@@ -72,7 +72,8 @@ pub fn settle(home: &Home, request: Request, progress: &mut dyn FnMut(&str)) -> 
         return Err(plain("disk-size", message, Some("give it at least --disk 64M")));
     }
     if request.memory_mib < SMALLEST_MEMORY_MIB {
-        let message = format!("{} MiB of memory are too little for the guest's kernel to start", request.memory_mib);
+        let message =
+            format!("{} MiB of memory are too little for the guest's kernel to start", request.memory_mib);
         return Err(plain("memory-size", message, Some("give it at least --memory 128M")));
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -119,7 +120,8 @@ fn host(request: &Request) -> Result<(Image, Defaults), Problem> {
     let toolchains = files::toolchains_under(&user.home, &request.path_variable);
     let export = exports::host_image(&toolchains)?;
     let inside = |path: &Path| {
-        export.visible(path) || request.workspace.as_ref().is_some_and(|workspace| path.starts_with(&workspace.root))
+        export.visible(path)
+            || request.workspace.as_ref().is_some_and(|workspace| path.starts_with(&workspace.root))
     };
     let mut seen = std::collections::HashSet::new();
     let entries = std::env::split_paths(&request.path_variable)
@@ -179,7 +181,9 @@ fn workspace_directory(request: &Request) -> Option<PathBuf> {
 
 fn describe(spec: &Spec) -> String {
     let mut text = match &spec.image {
-        Image::Host { .. } => "host image (this machine's own programs, read-only; --image takes another)".to_owned(),
+        Image::Host { .. } => {
+            "host image (this machine's own programs, read-only; --image takes another)".to_owned()
+        }
         Image::Disk { name, .. } => format!("image {name}"),
     };
     if let Some(workspace) = &spec.workspace {

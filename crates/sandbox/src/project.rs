@@ -63,8 +63,8 @@ pub fn choose(current: &Path, home: &Path, mode: WorkspaceMode) -> Choice {
 fn unsuitable(root: &Path, home: &Path) -> Option<String> {
     // The guest has its own of these, or they hold the host's system rather than a project.
     const SYSTEM: [&str; 17] = [
-        "/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/proc", "/run", "/sbin", "/sys", "/usr",
-        "/var", "/tmp", "/opt", "/home",
+        "/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/proc", "/run", "/sbin",
+        "/sys", "/usr", "/var", "/tmp", "/opt", "/home",
     ];
     const INSIDE: [&str; 4] = ["/proc", "/sys", "/dev", "/boot"];
     if root == Path::new("/") {
@@ -76,7 +76,9 @@ fn unsuitable(root: &Path, home: &Path) -> Option<String> {
     if home.starts_with(root) {
         return Some("it contains your home directory".into());
     }
-    if SYSTEM.iter().any(|system| root == Path::new(system)) || INSIDE.iter().any(|system| root.starts_with(system)) {
+    if SYSTEM.iter().any(|system| root == Path::new(system))
+        || INSIDE.iter().any(|system| root.starts_with(system))
+    {
         return Some("it is a directory of the system".into());
     }
     None
@@ -92,7 +94,8 @@ mod tests {
 
     #[test]
     fn homes_and_systems_are_never_shared() {
-        for current in ["/", "/home", "/home/user", "/etc", "/usr", "/proc/self", "/tmp", "/var", "/dev/shm"] {
+        for current in ["/", "/home", "/home/user", "/etc", "/usr", "/proc/self", "/tmp", "/var", "/dev/shm"]
+        {
             assert!(matches!(chosen(current, "/home/user"), Choice::Unsuitable(_)), "{current}");
         }
         assert!(matches!(chosen("/data/deep", "/data/deep/home"), Choice::Unsuitable(_)));
@@ -100,7 +103,9 @@ mod tests {
 
     #[test]
     fn a_project_below_them_is() {
-        for current in ["/home/user/project", "/tmp/x", "/srv", "/root/project", "/home/user/.cache/x", "/homestead"] {
+        for current in
+            ["/home/user/project", "/tmp/x", "/srv", "/root/project", "/home/user/.cache/x", "/homestead"]
+        {
             let workspace = Workspace { root: current.into(), mode: WorkspaceMode::Cow };
             assert_eq!(chosen(current, "/home/user"), Choice::Workspace(workspace));
         }

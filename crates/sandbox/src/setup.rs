@@ -40,7 +40,11 @@ pub struct Installation {
 ///
 /// # Errors
 /// If there is no kernel to be had.
-pub fn setup(home: &Home, options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Installation, Problem> {
+pub fn setup(
+    home: &Home,
+    options: &Options,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Installation, Problem> {
     let known = if options.force { None } else { kernel::load(&home.cache(), None).ok() };
     if known.is_none() || options.kernel.is_some() {
         prepare(home, options.kernel.as_deref(), progress)?;
@@ -73,7 +77,11 @@ pub(crate) fn ensure_kernel(home: &Home, progress: &mut dyn FnMut(&str)) -> Resu
     }
 }
 
-fn prepare(home: &Home, configured: Option<&Path>, progress: &mut dyn FnMut(&str)) -> Result<Kernel, Problem> {
+fn prepare(
+    home: &Home,
+    configured: Option<&Path>,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Kernel, Problem> {
     let options =
         KernelOptions { cache: home.cache(), configured: configured.map(Path::to_owned), offline: false };
     let mut tell = |step: Progress| match step {

@@ -106,7 +106,10 @@ impl Spec {
         vec![
             file(
                 "/etc/hosts",
-                format!("127.0.0.1\tlocalhost\n127.0.1.1\t{}\n::1\tlocalhost ip6-localhost ip6-loopback\n", self.name),
+                format!(
+                    "127.0.0.1\tlocalhost\n127.0.1.1\t{}\n::1\tlocalhost ip6-localhost ip6-loopback\n",
+                    self.name
+                ),
             ),
             file("/etc/resolv.conf", "# this sandbox has no network\n".into()),
         ]

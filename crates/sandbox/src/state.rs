@@ -69,7 +69,11 @@ impl Home {
             Ok(version) if version.trim() == LAYOUT_VERSION => Ok(()),
             Ok(version) => Err(plain(
                 "state-version",
-                format!("{} has layout {}, this program knows {LAYOUT_VERSION}", self.path.display(), version.trim()),
+                format!(
+                    "{} has layout {}, this program knows {LAYOUT_VERSION}",
+                    self.path.display(),
+                    version.trim()
+                ),
                 Some("upgrade agentkernel, or set AGENTKERNEL_HOME to another directory"),
             )),
             Err(error) if error.kind() == ErrorKind::NotFound => {
@@ -101,7 +105,11 @@ impl Home {
 
     fn creation_lock(&self) -> Result<File, Problem> {
         let path = self.sandboxes().join(".lock");
-        private_file().create(true).truncate(false).open(&path).map_err(io(format!("open {}", path.display())))
+        private_file()
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(io(format!("open {}", path.display())))
     }
 
     /// Makes the directory of a sandbox called `name` with its lock held.
@@ -110,7 +118,8 @@ impl Home {
     /// Code `name-taken` if there is one already.
     pub fn create_sandbox(&self, name: &str) -> Result<HeldSandbox, Problem> {
         let creation = self.creation_lock()?;
-        rustix::fs::flock(&creation, FlockOperation::LockShared).map_err(crate::problem::os("lock the sandboxes"))?;
+        rustix::fs::flock(&creation, FlockOperation::LockShared)
+            .map_err(crate::problem::os("lock the sandboxes"))?;
         let draft = self.sandboxes().join(format!("{NEW_PREFIX}{}", random_word()));
         let path = self.sandboxes().join(name);
         let make = || -> std::io::Result<File> {
@@ -148,11 +157,13 @@ impl Home {
     /// Errors are not the caller's business: the next sweep tries again.
     pub fn sweep(&self) {
         self.sweep_trash();
+        let _ = crate::workspace::LastChanges::new(&self.path).sweep();
         let Ok(entries) = fs::read_dir(self.sandboxes()) else { return };
         // INVARIANT: with the creation lock held exclusively no `.new-` directory is being made.
-        let creation = self.creation_lock().ok().filter(|lock| {
-            rustix::fs::flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok()
-        });
+        let creation = self
+            .creation_lock()
+            .ok()
+            .filter(|lock| rustix::fs::flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok());
         for entry in entries.flatten() {
             let name = entry.file_name();
             let half_made = name.as_encoded_bytes().starts_with(NEW_PREFIX.as_bytes());
@@ -276,7 +287,9 @@ pub fn fill_random(bytes: &mut [u8]) {
     let mut filled = 0;
     while filled < bytes.len() {
         // Only EINTR can come back once the pool is initialised, which it is long before any of us runs.
-        if let Ok(count) = rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty()) {
+        if let Ok(count) =
+            rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())
+        {
             filled += count;
         }
     }

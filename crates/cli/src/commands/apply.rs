@@ -64,7 +64,11 @@ pub(super) fn show(report: &ApplyReport) {
         let _ = writeln!(text, "held back {}: {}", ui::path(held.path.as_path()), held.reason);
     }
     for refused in &report.refused {
-        let _ = writeln!(text, "refused {}: device nodes, FIFOs and sockets stay in the guest", ui::path(refused.as_path()));
+        let _ = writeln!(
+            text,
+            "refused {}: device nodes, FIFOs and sockets stay in the guest",
+            ui::path(refused.as_path())
+        );
     }
     for failed in &report.failed {
         let _ = writeln!(text, "failed {}: {}", ui::path(failed.path.as_path()), failed.error);

@@ -52,7 +52,8 @@ pub(super) fn benchmark(arguments: &BenchmarkArguments) -> Result<u8, Problem> {
         for _ in 0..arguments.count {
             let begun = Instant::now();
             let mut captured = Captured::default();
-            let ended = execute(&mut lease, exec.clone(), Source::Nothing, Sink::Capture(&mut captured)).await?;
+            let ended =
+                execute(&mut lease, exec.clone(), Source::Nothing, Sink::Capture(&mut captured)).await?;
             runs_ms.push(milliseconds(begun));
             check(&ended, &captured)?;
         }
@@ -80,7 +81,12 @@ pub(super) fn benchmark(arguments: &BenchmarkArguments) -> Result<u8, Problem> {
     } else {
         ui::data(&format!(
             "start {:.0} ms, first {:.1} ms, median of {} {:.1} ms ({}, kernel {})\n",
-            figures.start_ms, figures.first_ms, arguments.count, figures.median_ms, figures.accelerator, figures.kernel,
+            figures.start_ms,
+            figures.first_ms,
+            arguments.count,
+            figures.median_ms,
+            figures.accelerator,
+            figures.kernel,
         ));
     }
     Ok(0)

@@ -24,9 +24,14 @@ use crate::terminal::{self, RawMode};
 /// How the program ended, or why it never began.
 pub(super) enum Ended {
     Exited(Exit),
-    NotStarted { kind: ExecFailure, message: String },
+    NotStarted {
+        kind: ExecFailure,
+        message: String,
+    },
     /// The person at the terminal interrupted twice, or agentkernel was told to end.
-    Abandoned { signal: u8 },
+    Abandoned {
+        signal: u8,
+    },
 }
 
 impl Ended {
@@ -85,7 +90,12 @@ pub(super) enum Source {
 ///
 /// # Errors
 /// If the sandbox dies first.
-pub(super) async fn execute(lease: &mut Lease, exec: Exec, source: Source, sink: Sink<'_>) -> Result<Ended, Problem> {
+pub(super) async fn execute(
+    lease: &mut Lease,
+    exec: Exec,
+    source: Source,
+    sink: Sink<'_>,
+) -> Result<Ended, Problem> {
     let interactive = exec.terminal.is_some() && terminal::is_interactive();
     let execution = lease.exec(exec).await?;
     let _raw = if interactive { RawMode::enter() } else { None };

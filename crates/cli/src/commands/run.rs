@@ -25,7 +25,11 @@ pub(super) fn run(arguments: &RunArguments) -> Result<u8, Problem> {
     let quiet = arguments.quiet || arguments.json;
     if arguments.apply && arguments.sandbox.workspace != crate::arguments::WorkspaceMode::Cow {
         let hint = "leave one of --apply and --workspace out";
-        return Err(plain("usage", "only the changes of a copy-on-write workspace can be applied", Some(hint)));
+        return Err(plain(
+            "usage",
+            "only the changes of a copy-on-write workspace can be applied",
+            Some(hint),
+        ));
     }
     let launch = starting::settle(&home, &arguments.sandbox, quiet)?;
     let exec = exec_of(arguments, &launch);
@@ -33,7 +37,12 @@ pub(super) fn run(arguments: &RunArguments) -> Result<u8, Problem> {
 }
 
 /// Starts the sandbox, runs the command, takes the changes.
-async fn in_sandbox(arguments: &RunArguments, home: &Home, launch: &Launch, exec: Exec) -> Result<u8, Problem> {
+async fn in_sandbox(
+    arguments: &RunArguments,
+    home: &Home,
+    launch: &Launch,
+    exec: Exec,
+) -> Result<u8, Problem> {
     let quiet = arguments.quiet || arguments.json;
     let begun = Instant::now();
     let mut lease = tokio::select! {
@@ -119,10 +128,13 @@ fn exec_of(arguments: &RunArguments, launch: &Launch) -> Exec {
             }
         }
     }
-    let arguments_of = |words: &[OsString]| words.iter().map(|word| ByteBuf::from(word.as_bytes())).collect::<Vec<_>>();
-    let mut words: Vec<ByteBuf> = launch.entrypoint.iter().map(|word| ByteBuf::from(word.as_bytes())).collect();
+    let arguments_of =
+        |words: &[OsString]| words.iter().map(|word| ByteBuf::from(word.as_bytes())).collect::<Vec<_>>();
+    let mut words: Vec<ByteBuf> =
+        launch.entrypoint.iter().map(|word| ByteBuf::from(word.as_bytes())).collect();
     words.extend(arguments_of(&arguments.command));
-    let directory = arguments.workdir.as_ref().map_or(launch.directory.as_os_str(), |workdir| workdir.as_os_str());
+    let directory =
+        arguments.workdir.as_ref().map_or(launch.directory.as_os_str(), |workdir| workdir.as_os_str());
     Exec {
         arguments: words,
         environment: environment
@@ -151,9 +163,9 @@ fn explain(ended: &Ended, arguments: &RunArguments) {
         )),
         Ended::NotStarted { kind, message } => {
             let hint = match kind {
-                ExecFailure::NotFound => {
-                    Some("the host image shows what every user of this machine may read; --image takes another")
-                }
+                ExecFailure::NotFound => Some(
+                    "the host image shows what every user of this machine may read; --image takes another",
+                ),
                 ExecFailure::Directory => Some("choose one of the guest's directories with --workdir"),
                 ExecFailure::UnknownUser => Some("choose a user of the guest with --user"),
                 ExecFailure::NotExecutable | ExecFailure::Other => None,
@@ -166,7 +178,9 @@ fn explain(ended: &Ended, arguments: &RunArguments) {
 
 /// Waits for the first signal that ends a start.
 async fn interrupted() -> u8 {
-    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else {
+    let (Ok(mut interrupt), Ok(mut terminate)) =
+        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
         return std::future::pending().await;
     };
     tokio::select! {

@@ -97,7 +97,8 @@ for line in open('/proc/1/maps'):
             try: memory.write(b'\\xff' * (end - start))
             except OSError: pass
 import time; time.sleep(600)";
-    let said = host.agentkernel(&["run", "-q", "-u", "root", "--workspace", "none", "--", "python3", "-c", script]);
+    let said =
+        host.agentkernel(&["run", "-q", "-u", "root", "--workspace", "none", "--", "python3", "-c", script]);
     said.expect(125);
     assert!(said.stderr.contains("error:"), "{}", said.stderr);
 }
@@ -122,7 +123,8 @@ for fd in os.listdir('/proc/1/fd'):
                 try: os.write(mine, os.urandom(65536))
                 except BlockingIOError: time.sleep(0.01)
 time.sleep(600)";
-    let said = host.agentkernel(&["run", "-q", "-u", "root", "--workspace", "none", "--", "python3", "-c", script]);
+    let said =
+        host.agentkernel(&["run", "-q", "-u", "root", "--workspace", "none", "--", "python3", "-c", script]);
     said.expect(125);
     assert!(said.stderr.contains("error:"), "{}", said.stderr);
 }

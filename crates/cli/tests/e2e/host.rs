@@ -16,16 +16,18 @@ const PATIENCE: Duration = Duration::from_secs(240);
 
 /// The program under test.
 pub(crate) fn program() -> PathBuf {
-    std::env::var_os("AGENTKERNEL_TEST_PROGRAM").map_or_else(|| env!("CARGO_BIN_EXE_agentkernel").into(), PathBuf::from)
+    std::env::var_os("AGENTKERNEL_TEST_PROGRAM")
+        .map_or_else(|| env!("CARGO_BIN_EXE_agentkernel").into(), PathBuf::from)
 }
 
 /// Where tests may write: the build's own directory, or one made for this user.
 fn scratch() -> PathBuf {
-    std::env::var_os("AGENTKERNEL_TEST_SCRATCH").map_or_else(|| env!("CARGO_TARGET_TMPDIR").into(), PathBuf::from)
+    std::env::var_os("AGENTKERNEL_TEST_SCRATCH")
+        .map_or_else(|| env!("CARGO_TARGET_TMPDIR").into(), PathBuf::from)
 }
 
 /// A cache with kernel and initramfs, prepared once by the program itself and shared by all tests.
-fn prepared_cache() -> &'static Path {
+pub(crate) fn prepared_cache() -> &'static Path {
     static CACHE: OnceLock<PathBuf> = OnceLock::new();
     CACHE.get_or_init(|| {
         let home = scratch().join("prepared");
@@ -53,14 +55,16 @@ impl Said {
         self.status.code().unwrap_or_else(|| 1000 + self.status.signal().unwrap_or(0))
     }
 
-    pub(crate) fn text(&self) -> &str {
-        std::str::from_utf8(&self.stdout).unwrap()
-    }
-
     /// Asserts the exit code and returns standard output.
     #[track_caller]
     pub(crate) fn expect(&self, code: i32) -> &str {
-        assert_eq!(self.code(), code, "stdout: {:?}\nstderr: {}", String::from_utf8_lossy(&self.stdout), self.stderr);
+        assert_eq!(
+            self.code(),
+            code,
+            "stdout: {:?}\nstderr: {}",
+            String::from_utf8_lossy(&self.stdout),
+            self.stderr
+        );
         std::str::from_utf8(&self.stdout).unwrap_or("")
     }
 }
@@ -177,7 +181,9 @@ impl Host {
         let state = self.state();
         let mut found = Vec::new();
         for entry in fs::read_dir("/proc").unwrap().flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+                continue;
+            };
             if pid == std::process::id() {
                 continue;
             }
@@ -185,7 +191,11 @@ impl Host {
             let command_line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
             let named = String::from_utf8_lossy(&command_line).contains(state.to_str().unwrap());
             let descriptors = fs::read_dir(entry.path().join("fd")).into_iter().flatten().flatten();
-            let open = || descriptors.map(|fd| fs::read_link(fd.path())).any(|link| link.is_ok_and(|link| link.starts_with(&state)));
+            let open = || {
+                descriptors
+                    .map(|fd| fs::read_link(fd.path()))
+                    .any(|link| link.is_ok_and(|link| link.starts_with(&state)))
+            };
             if named || open() {
                 found.push((pid, name));
             }
@@ -339,7 +349,7 @@ fn count_drafts(state: &Path) -> usize {
 }
 
 /// Copies a tree of files; hard links where that is possible, for a kernel is large.
-fn copy_tree(from: &Path, to: &Path) {
+pub(crate) fn copy_tree(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     set_mode(to, 0o700);
     for entry in fs::read_dir(from).unwrap().flatten() {
@@ -349,7 +359,9 @@ fn copy_tree(from: &Path, to: &Path) {
         } else if entry.path().extension().is_some_and(|extension| extension == "json") {
             fs::copy(entry.path(), target).unwrap();
         } else {
-            fs::hard_link(entry.path(), &target).or_else(|_| fs::copy(entry.path(), &target).map(|_| ())).unwrap();
+            fs::hard_link(entry.path(), &target)
+                .or_else(|_| fs::copy(entry.path(), &target).map(|_| ()))
+                .unwrap();
         }
     }
 }

@@ -14,7 +14,8 @@ fn layout(directory: &Path) {
     fs::create_dir_all(root.join("srv/app")).unwrap();
     fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
     std::os::unix::fs::symlink("busybox", root.join("bin/sh")).unwrap();
-    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\napp:x:1234:1235::/srv/app:/bin/sh\n").unwrap();
+    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\napp:x:1234:1235::/srv/app:/bin/sh\n")
+        .unwrap();
     fs::write(root.join("etc/group"), "root:x:0:\napp:x:1235:\nextra:x:77:app\n").unwrap();
     let blobs = directory.join("layout/blobs/sha256");
     fs::create_dir_all(&blobs).unwrap();
@@ -70,12 +71,24 @@ fn a_layout_and_an_archive_run_as_their_configuration_says() {
     layout(host.path());
     let layout = host.path().join("layout");
     let archive = host.path().join("image.tar");
-    let status = Command::new("tar").arg("-cf").arg(&archive).arg("-C").arg(&layout).arg(".").status().unwrap();
+    let status =
+        Command::new("tar").arg("-cf").arg(&archive).arg("-C").arg(&layout).arg(".").status().unwrap();
     assert!(status.success());
     let script = "pwd; id -u; id -g; id -G; echo $HOME $FLAVOUR $EXTRA; touch /srv/app/x 2>/dev/null || echo not mine; \
                   cat /etc/hostname; ls /usr 2>/dev/null | wc -l";
     for image in [&layout, &archive] {
-        let said = host.agentkernel(&["run", "-q", "-n", "imaged", "--image", image.to_str().unwrap(), "--", "sh", "-c", script]);
+        let said = host.agentkernel(&[
+            "run",
+            "-q",
+            "-n",
+            "imaged",
+            "--image",
+            image.to_str().unwrap(),
+            "--",
+            "sh",
+            "-c",
+            script,
+        ]);
         let lines: Vec<&str> = said.expect(0).lines().collect();
         assert_eq!(lines[..4], ["/srv/app", "1234", "1235", "1235 77"], "{}", said.stderr);
         assert_eq!(lines[4..], ["/srv/app plain 1", "not mine", "imaged", "0"]);
@@ -84,8 +97,18 @@ fn a_layout_and_an_archive_run_as_their_configuration_says() {
     host.write("hello.txt", "hello");
     let project = host.project();
     let said = host.agentkernel(&[
-        "run", "-q", "-u", "root", "-w", project.to_str().unwrap(), "--image", layout.to_str().unwrap(), "--",
-        "sh", "-c", "busybox cat hello.txt; echo new > new.txt",
+        "run",
+        "-q",
+        "-u",
+        "root",
+        "-w",
+        project.to_str().unwrap(),
+        "--image",
+        layout.to_str().unwrap(),
+        "--",
+        "sh",
+        "-c",
+        "busybox cat hello.txt; echo new > new.txt",
     ]);
     assert_eq!(said.expect(0), "hello");
     host.agentkernel(&["apply", "--last"]).expect(0);

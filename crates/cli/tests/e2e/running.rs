@@ -22,7 +22,11 @@ fn a_command_runs_in_a_machine_of_its_own() {
     assert_eq!(lines[7], "good day");
     assert_eq!(lines[8], format!("hello from {} 3", host.project().display()));
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
-    assert!(lines[9].parse::<u64>().unwrap().abs_diff(now) < 30, "the guest's clock says {}, the host's {now}", lines[9]);
+    assert!(
+        lines[9].parse::<u64>().unwrap().abs_diff(now) < 30,
+        "the guest's clock says {}, the host's {now}",
+        lines[9]
+    );
     assert_eq!(lines[10].len(), 32);
     assert_ne!(Some(lines[10]), std::fs::read_to_string("/etc/machine-id").ok().as_deref().map(str::trim));
     assert_eq!(lines[11], "my-box");
@@ -42,7 +46,17 @@ fn exit_codes_are_the_commands_own_or_tell_why_there_is_none() {
     assert!(said.stderr.contains("no-such-command") && said.stderr.contains("hint:"), "{}", said.stderr);
     let said = host.agentkernel(&["run", "--workspace", "none", "--", "/etc/passwd"]);
     said.expect(126);
-    let said = host.agentkernel(&["run", "--timeout", "2s", "--workspace", "none", "--", "sh", "-c", "sleep 600 & sleep 600"]);
+    let said = host.agentkernel(&[
+        "run",
+        "--timeout",
+        "2s",
+        "--workspace",
+        "none",
+        "--",
+        "sh",
+        "-c",
+        "sleep 600 & sleep 600",
+    ]);
     said.expect(124);
     assert!(said.stderr.contains("--timeout"), "{}", said.stderr);
     host.agentkernel(&["run", "-w", "/no/such/place", "--workspace", "none", "--", "true"]).expect(125);
@@ -52,7 +66,20 @@ fn exit_codes_are_the_commands_own_or_tell_why_there_is_none() {
 #[test]
 fn flags_shape_the_machine() {
     let host = Host::new();
-    let flags = ["--vcpus", "3", "--memory", "384M", "--disk", "256M", "-u", "nobody", "-w", "/usr", "--workspace", "none"];
+    let flags = [
+        "--vcpus",
+        "3",
+        "--memory",
+        "384M",
+        "--disk",
+        "256M",
+        "-u",
+        "nobody",
+        "-w",
+        "/usr",
+        "--workspace",
+        "none",
+    ];
     let said = host.sh(&flags, "nproc; grep MemTotal /proc/meminfo; df -m / | tail -1; id -un; pwd");
     let lines: Vec<&str> = said.expect(0).lines().collect();
     assert_eq!(lines[0], "3");
@@ -68,11 +95,20 @@ fn flags_shape_the_machine() {
 fn limits_that_are_reached_are_named_and_end_nothing_else() {
     let host = Host::new();
     let said = host.agentkernel(&[
-        "run", "--memory", "192M", "--workspace", "none", "--", "python3", "-c", "x = bytearray(1 << 30)",
+        "run",
+        "--memory",
+        "192M",
+        "--workspace",
+        "none",
+        "--",
+        "python3",
+        "-c",
+        "x = bytearray(1 << 30)",
     ]);
     assert_ne!(said.code(), 0);
     let hog = "x = []\nwhile True: x.append(bytearray(b'x' * (8 << 20)))";
-    let said = host.agentkernel(&["run", "--memory", "192M", "--workspace", "none", "--", "python3", "-c", hog]);
+    let said =
+        host.agentkernel(&["run", "--memory", "192M", "--workspace", "none", "--", "python3", "-c", hog]);
     assert_ne!(said.code(), 0);
     assert!(said.stderr.contains("--memory"), "{}", said.stderr);
     let fill = "dd if=/dev/zero of=/var/tmp/big bs=1M 2>&1 | grep -o 'No space left on device'; echo still here; \
@@ -112,10 +148,12 @@ fn the_machine_is_explained_once_on_stderr() {
 #[test]
 fn root_in_the_guest_is_asked_for_or_inherited() {
     let host = Host::new();
-    let said = host.sh(&["-u", "root", "--workspace", "none"], "id -u; touch /etc/made-by-root && echo may write");
+    let said =
+        host.sh(&["-u", "root", "--workspace", "none"], "id -u; touch /etc/made-by-root && echo may write");
     assert_eq!(said.expect(0), "0\nmay write\n");
     if !is_root() {
-        let said = host.sh(&["--workspace", "none"], "id -u; touch /etc/made 2>/dev/null || echo may not write");
+        let said =
+            host.sh(&["--workspace", "none"], "id -u; touch /etc/made 2>/dev/null || echo may not write");
         assert!(said.expect(0).ends_with("may not write\n"));
     }
 }

@@ -9,7 +9,8 @@ use crate::host::{Host, Running, finish, signal};
 #[test]
 fn stdout_and_stderr_are_apart_and_stdin_ends() {
     let host = Host::new();
-    let mut command = host.command(&["run", "-q", "--workspace", "none", "--", "sh", "-c", "cat; echo done >&2"]);
+    let mut command =
+        host.command(&["run", "-q", "--workspace", "none", "--", "sh", "-c", "cat; echo done >&2"]);
     command.stdin(Stdio::piped());
     let input: Vec<u8> = (0..3_000_000u32).flat_map(u32::to_le_bytes).collect();
     let said = finish(command, &input);
@@ -74,7 +75,8 @@ fn a_reader_that_goes_away_ends_the_command_as_a_pipe_would() {
 fn the_first_interrupt_reaches_the_command_and_the_second_ends_everything() {
     let host = Host::new();
     let script = "trap 'echo caught; exit 7' INT; echo ready; while :; do sleep 0.1; done";
-    let mut run = Running::start(host.command(&["run", "-q", "--workspace", "none", "--", "sh", "-c", script]));
+    let mut run =
+        Running::start(host.command(&["run", "-q", "--workspace", "none", "--", "sh", "-c", script]));
     assert_eq!(run.line(), "ready\n");
     signal(run.child.id(), rustix::process::Signal::INT);
     assert_eq!(run.line(), "caught\n");

@@ -22,6 +22,7 @@ impl Terminal {
         let near = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&near).unwrap();
         unlockpt(&near).unwrap();
+        rustix::io::ioctl_fionbio(&near, true).unwrap();
         let path = ptsname(&near, Vec::new()).unwrap();
         let far = File::options().read(true).write(true).open(path.to_str().unwrap()).unwrap().into();
         Self { near: near.into(), far, seen: String::new() }
@@ -55,8 +56,13 @@ impl Terminal {
         let mut buffer = [0; 4096];
         while !self.seen.contains(word) {
             assert!(Instant::now() < deadline, "no {word:?} in {:?}", self.seen);
-            let count = self.near.read(&mut buffer).unwrap();
-            self.seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
+            match self.near.read(&mut buffer) {
+                Ok(count) => self.seen.push_str(&String::from_utf8_lossy(&buffer[..count])),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Err(error) => panic!("{error}"),
+            }
         }
         let end = self.seen.find(word).unwrap() + word.len();
         self.seen.drain(..end);

@@ -62,8 +62,10 @@ fn a_file_that_changed_meanwhile_is_a_conflict_and_stays_as_it_is() {
     host.write("shared.txt", "base\n");
     host.write("other.txt", "base\n");
     let go = host.project().join("go");
-    let script = "cat shared.txt >/dev/null; echo guest > shared.txt; echo guest > other.txt; echo seen; sleep 1";
-    let mut run = crate::host::Running::start(host.command(&["run", "--apply", "--json", "--", "sh", "-c", script]));
+    let script =
+        "cat shared.txt >/dev/null; echo guest > shared.txt; echo guest > other.txt; echo seen; sleep 1";
+    let mut run =
+        crate::host::Running::start(host.command(&["run", "--apply", "--json", "--", "sh", "-c", script]));
     // Not before the machine is up: the conflict must come from a change during the run.
     host.wait_for_process("qemu");
     std::thread::sleep(std::time::Duration::from_millis(200));
@@ -160,7 +162,12 @@ fn odd_names_and_files_survive_the_round_trip() {
     }
     symlink("loop", host.project().join("loop")).unwrap();
     symlink("/etc/passwd", host.project().join("absolute")).unwrap();
-    rustix::fs::mkfifoat(rustix::fs::CWD, host.project().join("fifo"), rustix::fs::Mode::from_raw_mode(0o644)).unwrap();
+    rustix::fs::mkfifoat(
+        rustix::fs::CWD,
+        host.project().join("fifo"),
+        rustix::fs::Mode::from_raw_mode(0o644),
+    )
+    .unwrap();
     let _socket = std::os::unix::net::UnixListener::bind(host.project().join("s")).unwrap();
     host.write("unreadable", "secret");
     set_mode(&host.project().join("unreadable"), 0);
@@ -208,5 +215,9 @@ fn homes_and_the_root_are_never_a_workspace() {
     command.current_dir(host.home());
     let said = crate::host::finish(command, b"");
     said.expect(0);
-    assert!(said.stderr.contains("no workspace") && said.stderr.contains("home directory"), "{}", said.stderr);
+    assert!(
+        said.stderr.contains("no workspace") && said.stderr.contains("home directory"),
+        "{}",
+        said.stderr
+    );
 }

@@ -47,9 +47,10 @@ impl Failure {
 
 /// Starts what `wish` describes, inside `cgroup`.
 pub(super) fn spawn(reaper: &Reaper, wish: &Exec, cgroup: &Cgroup) -> Result<Spawned, Failure> {
-    let user = user::resolve(&wish.user)
-        .map_err(|message| Failure { kind: ExecFailure::UnknownUser, message })?;
-    let program = wish.arguments.first().map(|name| String::from_utf8_lossy(name).into_owned()).unwrap_or_default();
+    let user =
+        user::resolve(&wish.user).map_err(|message| Failure { kind: ExecFailure::UnknownUser, message })?;
+    let program =
+        wish.arguments.first().map(|name| String::from_utf8_lossy(name).into_owned()).unwrap_or_default();
     let plan = Plan::new(wish, &user)?;
     let (child, streams) = match wish.terminal {
         Some(size) => terminal(size, &user),
@@ -86,7 +87,9 @@ fn explain(step: u8, errno: i32, program: &str, wish: &Exec) -> Failure {
     let error = rustix::io::Errno::from_raw_os_error(errno);
     let why = Error::from(error).kind().to_string();
     let (kind, what) = match (step, errno) {
-        (STEP_EXEC, libc::ENOENT | libc::ENOTDIR) => (ExecFailure::NotFound, format!("{program}: command not found")),
+        (STEP_EXEC, libc::ENOENT | libc::ENOTDIR) => {
+            (ExecFailure::NotFound, format!("{program}: command not found"))
+        }
         (STEP_EXEC, libc::EACCES | libc::EPERM | libc::ENOEXEC | libc::EISDIR) => {
             (ExecFailure::NotExecutable, format!("{program}: cannot be executed: {why}"))
         }
@@ -175,9 +178,11 @@ impl Plan {
         };
         let arguments = wish.arguments.iter().map(|word| text(word)).collect::<Result<Vec<_>, _>>()?;
         let environment = environment(wish, user);
-        let path = environment.iter().find_map(|pair| pair.strip_prefix(b"PATH=")).unwrap_or(DEFAULT_PATH).to_vec();
+        let path =
+            environment.iter().find_map(|pair| pair.strip_prefix(b"PATH=")).unwrap_or(DEFAULT_PATH).to_vec();
         let name = wish.arguments.first().map_or(&b""[..], |name| name);
-        let candidates = candidates(name, &path).iter().map(|path| text(path)).collect::<Result<Vec<_>, _>>()?;
+        let candidates =
+            candidates(name, &path).iter().map(|path| text(path)).collect::<Result<Vec<_>, _>>()?;
         let environment = environment.iter().map(|pair| text(pair)).collect::<Result<Vec<_>, _>>()?;
         let mut shell = vec![c"sh".to_owned(), c"".to_owned()];
         shell.extend(arguments.iter().skip(1).cloned());
@@ -215,7 +220,13 @@ impl Plan {
     }
 
     /// The child's life until its exec.
-    fn child(&self, streams: &ChildStreams, entrance: i32, reporter: i32, shells: &[Vec<*const libc::c_char>]) -> ! {
+    fn child(
+        &self,
+        streams: &ChildStreams,
+        entrance: i32,
+        reporter: i32,
+        shells: &[Vec<*const libc::c_char>],
+    ) -> ! {
         let (step, errno) = match self.enter(streams, entrance) {
             Err(failure) => failure,
             Ok(()) => (STEP_EXEC, self.exec(shells)),
@@ -271,7 +282,11 @@ impl Plan {
         for (candidate, shell) in self.candidates.iter().zip(shells) {
             // SAFETY: all pointers are to strings of `self`, the arrays end with a null pointer.
             unsafe {
-                libc::execve(candidate.as_ptr(), self.arguments.array.as_ptr(), self.environment.array.as_ptr());
+                libc::execve(
+                    candidate.as_ptr(),
+                    self.arguments.array.as_ptr(),
+                    self.environment.array.as_ptr(),
+                );
                 if last_errno() == libc::ENOEXEC {
                     libc::execve(c"/bin/sh".as_ptr(), shell.as_ptr(), self.environment.array.as_ptr());
                     return libc::ENOEXEC;
@@ -320,7 +335,8 @@ fn candidates(name: &[u8], path: &[u8]) -> Vec<Vec<u8>> {
     path.split(|byte| *byte == b':')
         .map(|directory| {
             let directory = if directory.is_empty() { b".".as_slice() } else { directory };
-            let path = Path::new(std::ffi::OsStr::from_bytes(directory)).join(std::ffi::OsStr::from_bytes(name));
+            let path =
+                Path::new(std::ffi::OsStr::from_bytes(directory)).join(std::ffi::OsStr::from_bytes(name));
             path.into_os_string().into_encoded_bytes()
         })
         .collect()

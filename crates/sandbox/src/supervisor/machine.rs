@@ -27,13 +27,18 @@ pub(super) struct Started {
 }
 
 /// Starts the machine of `spec`, whose process keeps `lock` open as long as it lives.
-pub(super) async fn start(spec: &Spec, directory: &SandboxDirectory, lock: &File) -> Result<Started, Problem> {
+pub(super) async fn start(
+    spec: &Spec,
+    directory: &SandboxDirectory,
+    lock: &File,
+) -> Result<Started, Problem> {
     let cache = directory.home().cache();
     let kernel = kernel::load(&cache, None).map_err(|error| problem("kernel", &error, error.hint()))?;
     let accelerator = accelerator::detect().accelerator;
     let lock = lock.try_clone().map_err(io("hand the lock on"))?;
     let log = directory.path().join("console.log");
-    let console_log = state::private_file().create_new(true).open(&log).map_err(io("open the console's log"))?;
+    let console_log =
+        state::private_file().create_new(true).open(&log).map_err(io("open the console's log"))?;
     let config = MachineConfig {
         kernel,
         accelerator,
@@ -47,8 +52,11 @@ pub(super) async fn start(spec: &Spec, directory: &SandboxDirectory, lock: &File
         console_log: Some(console_log),
         kernel_arguments: Vec::new(),
     };
-    let machine = qemu::start(config).await.map_err(|error| problem("machine-start", &error, error.hint()))?;
-    let stream = machine.take_stream().ok_or_else(|| plain("machine-start", "the machine has no agent's port", None))?;
+    let machine =
+        qemu::start(config).await.map_err(|error| problem("machine-start", &error, error.hint()))?;
+    let stream = machine
+        .take_stream()
+        .ok_or_else(|| plain("machine-start", "the machine has no agent's port", None))?;
     Ok(Started { machine: Box::new(machine), stream, accelerator })
 }
 

@@ -37,8 +37,10 @@ use crate::state::SandboxDirectory;
 pub fn main(directory: PathBuf) -> Result<(), Problem> {
     let inherited = Inherited::take()?;
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    raise_descriptor_limit();
     let directory = SandboxDirectory::open(directory)?;
-    std::env::set_current_dir(directory.path()).map_err(io(format!("enter {}", directory.path().display())))?;
+    std::env::set_current_dir(directory.path())
+        .map_err(io(format!("enter {}", directory.path().display())))?;
     let spec = Spec::load(directory.path())?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -50,6 +52,13 @@ pub fn main(directory: PathBuf) -> Result<(), Problem> {
     // Threads that serve files may still wait for the disk; the machine they worked for is gone.
     runtime.shutdown_background();
     result
+}
+
+/// Takes as many descriptors as the host allows: the guest's open files are descriptors of this process.
+fn raise_descriptor_limit() {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let raised = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
+    let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, raised);
 }
 
 /// What the client handed over.

@@ -40,7 +40,11 @@ fn boot_deadline(accelerator: Accelerator) -> Duration {
 }
 
 /// Runs the sandbox until its lease ends, it is finished, or its machine dies; then removes it.
-pub(super) async fn run(spec: &Spec, sandbox: &SandboxDirectory, inherited: Inherited) -> Result<(), Problem> {
+pub(super) async fn run(
+    spec: &Spec,
+    sandbox: &SandboxDirectory,
+    inherited: Inherited,
+) -> Result<(), Problem> {
     let Inherited { lease, lock } = inherited;
     let mut lease = Lease::new(lease)?;
     let result = live(spec, sandbox, &mut lease, &lock).await;
@@ -52,18 +56,21 @@ pub(super) async fn run(spec: &Spec, sandbox: &SandboxDirectory, inherited: Inhe
     result
 }
 
-async fn live(spec: &Spec, sandbox: &SandboxDirectory, lease: &mut Lease, lock: &std::fs::File) -> Result<(), Problem> {
+async fn live(
+    spec: &Spec,
+    sandbox: &SandboxDirectory,
+    lease: &mut Lease,
+    lock: &std::fs::File,
+) -> Result<(), Problem> {
     let listener = UnixListener::bind(CONTROL_SOCKET).map_err(io("open the control socket"))?;
     let exports = Exports::open(spec)?;
     let directory = sandbox.path();
     tracing::debug!("the supervisor is up");
     let started = machine::start(spec, sandbox, lock).await?;
-    confine(&Reach {
-        read: exports.read_roots(),
-        write: exports.write_roots(),
-        own: directory.to_owned(),
-    })
-    .map_err(|message| plain("confinement", format!("the supervisor cannot confine itself: {message}"), None))?;
+    confine(&Reach { read: exports.read_roots(), write: exports.write_roots(), own: directory.to_owned() })
+        .map_err(|message| {
+        plain("confinement", format!("the supervisor cannot confine itself: {message}"), None)
+    })?;
     tracing::debug!("the machine's process runs");
     let deadline = boot_deadline(started.accelerator);
     let result = tokio::select! {
@@ -148,7 +155,11 @@ async fn converse(
 }
 
 fn boot_timeout(deadline: Duration) -> Problem {
-    plain("boot-timeout", format!("the machine did not start within {} s", deadline.as_secs()), Some("agentkernel doctor"))
+    plain(
+        "boot-timeout",
+        format!("the machine did not start within {} s", deadline.as_secs()),
+        Some("agentkernel doctor"),
+    )
 }
 
 /// Serves the files, tells the machine who it is, and waits until it is ready.
@@ -172,7 +183,9 @@ async fn configure(spec: &Spec, exports: &Exports, opener: &Opener) -> Result<()
     frame::write(&mut stream, &request).await.map_err(|error| wire(&error))?;
     match frame::read::<Reply, _>(&mut stream).await.map_err(|error| wire(&error))? {
         Reply::Done => Ok(()),
-        Reply::Failed { message } => Err(plain("guest-setup", format!("the guest cannot be set up: {message}"), None)),
+        Reply::Failed { message } => {
+            Err(plain("guest-setup", format!("the guest cannot be set up: {message}"), None))
+        }
     }
 }
 
@@ -207,7 +220,8 @@ fn configuration(spec: &Spec) -> Configure {
 
 /// Collects the changes of a copy-on-write workspace.
 async fn finish(spec: &Spec, directory: &Path, exports: &Exports, opener: &Opener) -> Event {
-    let Some(workspace) = spec.workspace.as_ref().filter(|workspace| workspace.mode == WorkspaceMode::Cow) else {
+    let Some(workspace) = spec.workspace.as_ref().filter(|workspace| workspace.mode == WorkspaceMode::Cow)
+    else {
         return Event::Finished { changes: 0, problem: None };
     };
     match collect::changes(opener, WORKSPACE_MOUNT, spec, workspace, directory, exports).await {

@@ -379,7 +379,9 @@ def table(result):
         ("python3 -c pass, live, second", raw["python_second"], "", []),
         ("the client alone, --version", raw["client_start"], "docker --version", raw["docker_client_start"]),
     ]
-    yield f"host {result['host_kernel']}, {result['host_processors']} processors; {result['date']}"
+    before, after = result["host_load"]
+    yield f"host {result['host_kernel']}, {result['host_processors']} processors, load {before:.1f} before and {after:.1f} " \
+        f"after; {result['date']}"
     yield f"agentkernel: {result['accelerator']}, guest kernel {result['guest_kernel']}, {result['vcpus']} vCPUs, " \
         f"{result['memory_mib']} MiB"
     if docker:
@@ -444,8 +446,10 @@ def main():
         project = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench.", dir=target))
         agentkernel = Agentkernel(program, project)
         docker = None if options.without_docker else stack.enter_context(Docker())
+        load = os.getloadavg()[0]
         raw, figures = measure(agentkernel, docker, max(2, options.rounds))
         docker_version = docker.version() if docker else None
+        load = [load, os.getloadavg()[0]]
     say("make demo, again")
     demo_s = demo_again()
     size = guest_binary(target)
@@ -454,6 +458,7 @@ def main():
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H-%M-%SZ"),
         "host_kernel": platform.release(),
         "host_processors": os.cpu_count(),
+        "host_load": load,
         "accelerator": figures["accelerator"],
         "guest_kernel": figures["kernel"],
         "vcpus": figures["vcpus"],

@@ -60,7 +60,15 @@ def interfaces():
 
 
 def processes():
-    return str(sum(name.isdigit() for name in os.listdir("/proc")))
+    """Programs, and the kernel's own threads, which have no command line."""
+    programs, threads = 0, 0
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = Path("/proc", name, "cmdline").read_bytes()
+        except OSError:
+            continue
+        programs, threads = (programs + 1, threads) if words else (programs, threads + 1)
+    return f"{programs}, and {threads} of the kernel"
 
 
 def facts():

@@ -139,6 +139,10 @@ fn has_virtualisation_flag(cpuinfo: &str) -> bool {
         .is_some_and(|(_, flags)| flags.split_ascii_whitespace().any(|flag| flag == "vmx" || flag == "svm"))
 }
 
+/// What helps where there is nothing to repair.
+const NO_HARDWARE: &str =
+    "commands run, more slowly; for speed use a host with VT-x or AMD-V, or switch nested virtualisation on";
+
 /// Decides from what was seen.
 #[must_use]
 pub fn judge(probe: &Probe) -> Detection {
@@ -146,7 +150,7 @@ pub fn judge(probe: &Probe) -> Detection {
         accelerator: Accelerator::Tcg,
         reason,
         hardware_usable: false,
-        remedy: remedy.map(str::to_owned),
+        remedy: Some(remedy.unwrap_or(NO_HARDWARE).to_owned()),
     };
     match &probe.device {
         DeviceProbe::Missing if probe.processor => emulation(
@@ -191,16 +195,16 @@ mod tests {
         let table = [
             // device, processor, paravirtual -> hardware, a word of the reason, a word of the remedy
             (Api(12), true, false, true, "works", None),
-            (Api(12), false, false, false, "neither vmx nor svm", None),
-            (Api(12), true, true, false, "kvm_pvm", None),
-            (Api(12), false, true, false, "kvm_pvm", None),
-            (Api(11), true, false, false, "version 11", None),
+            (Api(12), false, false, false, "neither vmx nor svm", Some("nested")),
+            (Api(12), true, true, false, "kvm_pvm", Some("nested")),
+            (Api(12), false, true, false, "kvm_pvm", Some("nested")),
+            (Api(11), true, false, false, "version 11", Some("nested")),
             (Denied, true, false, false, "may not", Some("group kvm")),
-            (Denied, true, true, false, "kvm_pvm", None),
-            (Denied, false, false, false, "neither", None),
+            (Denied, true, true, false, "kvm_pvm", Some("nested")),
+            (Denied, false, false, false, "neither", Some("nested")),
             (Missing, true, false, false, "no /dev/kvm", Some("modprobe")),
-            (Missing, false, false, false, "no /dev/kvm", None),
-            (Failed("broken".to_owned()), true, false, false, "broken", None),
+            (Missing, false, false, false, "no /dev/kvm", Some("nested")),
+            (Failed("broken".to_owned()), true, false, false, "broken", Some("nested")),
         ];
         for (device, processor, paravirtual, hardware, reason, remedy) in table {
             let probe = Probe { device, processor, paravirtual };

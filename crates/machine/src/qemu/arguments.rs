@@ -128,7 +128,12 @@ impl Plan {
                 ),
             );
             self.option("-blockdev", &format!("driver=raw,node-name=disk{index},file=file{index},{common}"));
-            self.option("-device", &format!("virtio-blk-device,drive=disk{index},serial={}", disk.serial));
+            // Left to itself QEMU stops the whole machine when the host's disk is full; the guest can bear an error.
+            let errors = "werror=report,rerror=report";
+            self.option(
+                "-device",
+                &format!("virtio-blk-device,drive=disk{index},serial={},{errors}", disk.serial),
+            );
         }
     }
 

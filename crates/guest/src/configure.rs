@@ -57,12 +57,11 @@ pub(crate) fn configure(wish: &Configure, file_systems: &BTreeSet<String>) -> Re
     system::reseed(&wish.entropy).map_err(say("reseed the random pool"))?;
     set_clock(wish.unix_time_ns)?;
     let served = |tag: &str| -> Result<PathBuf, String> {
-        if !file_systems.contains(tag) {
-            return Err(format!("no file system {tag} is served"));
+        if file_systems.contains(tag) {
+            Ok(fuse::mount_point(tag))
+        } else {
+            Err(format!("no file system {tag} is served"))
         }
-        let path = fuse::mount_point(tag);
-        widen_read_ahead(&path);
-        Ok(path)
     };
     let lower = match &wish.root {
         Root::FileSystem { tag } => served(tag)?,
@@ -112,15 +111,6 @@ fn set_clock(unix_time_ns: u64) -> Result<(), String> {
         tv_nsec: (unix_time_ns % 1_000_000_000).cast_signed(),
     };
     rustix::time::clock_settime(rustix::time::ClockId::Realtime, time).map_err(say("set the clock"))
-}
-
-/// Lets the kernel ask a served file system for as much at once as the host's server gives; it starts at 128 KiB.
-fn widen_read_ahead(mount_point: &Path) {
-    if let Ok(metadata) = fs::metadata(mount_point) {
-        let (major, minor) = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
-        // Slower reads are no reason to fail.
-        let _ = fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), "1024");
-    }
 }
 
 /// Mounts the block device with this serial number at `target`.

@@ -7,15 +7,13 @@ use crate::system;
 /// Asks all programs to end, waits up to `grace`, kills the rest. The reaper collects them.
 pub(crate) async fn end_programs(grace: Duration) {
     let deadline = Instant::now() + grace;
-    // Fails once there is no process but this one.
-    let mut left = system::kill(-1, libc::SIGTERM);
-    while left && Instant::now() < deadline {
+    system::kill(-1, libc::SIGTERM);
+    while system::has_children() && Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(5)).await;
-        left = system::kill(-1, 0);
     }
     let deadline = Instant::now() + Duration::from_secs(2);
-    while left && Instant::now() < deadline {
-        left = system::kill(-1, libc::SIGKILL);
+    while system::has_children() && Instant::now() < deadline {
+        system::kill(-1, libc::SIGKILL);
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }

@@ -91,3 +91,13 @@ pub(crate) fn reap() -> Option<(i32, i32)> {
     let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) };
     (pid > 0).then_some((pid, status))
 }
+
+/// True while any process but the kernel's own is there: all of them descend from this one.
+pub(crate) fn has_children() -> bool {
+    // SAFETY: all-zero bytes are a valid `siginfo_t`, and `information` lives through the call.
+    unsafe {
+        let mut information: libc::siginfo_t = std::mem::zeroed();
+        let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+        libc::waitid(libc::P_ALL, 0, &raw mut information, flags) == 0
+    }
+}

@@ -30,9 +30,9 @@ impl Cgroup {
         Ok(Self { hierarchy, name, directory })
     }
 
-    /// The file a process writes `0` to in order to enter.
-    pub(super) fn entrance(&self) -> Result<OwnedFd, Error> {
-        Ok(openat(&self.directory, "cgroup.procs", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?)
+    /// Its directory, into which a process is started.
+    pub(super) fn directory(&self) -> &OwnedFd {
+        &self.directory
     }
 
     /// Kills every process inside.

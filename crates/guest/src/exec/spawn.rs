@@ -24,6 +24,26 @@ use crate::user::{self, User};
 static OPEN_FILES: libc::rlimit64 = libc::rlimit64 { rlim_cur: 1024, rlim_max: 1 << 20 };
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// `CLONE_INTO_CGROUP` of `linux/sched.h`.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// `struct clone_args` of `linux/sched.h`, version 2.
+#[repr(C, align(8))]
+#[derive(Default)]
+struct CloneArguments {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
 /// A program that runs.
 pub(super) struct Spawned {
     pub pid: u32,
@@ -54,14 +74,13 @@ pub(super) fn spawn(reaper: &Reaper, wish: &Exec, cgroup: &Cgroup) -> Result<Spa
     let plan = Plan::new(wish, &user)?;
     let (child, streams) = match wish.terminal {
         Some(size) => terminal(size, &user),
-        None => pipes(),
+        None => pipes(&user),
     }
     .map_err(|error| Failure::other("make the program's streams", &error))?;
-    let entrance = cgroup.entrance().map_err(|error| Failure::other("enter a cgroup", &error))?;
     let (report, reporter) =
         pipe_with(PipeFlags::CLOEXEC).map_err(|error| Failure::other("make a pipe", &error))?;
     let (pid, status) = reaper
-        .register(|| plan.fork(&child, &entrance, &reporter))
+        .register(|| plan.fork(&child, cgroup, &reporter))
         .map_err(|error| Failure::other("start another process", &error))?;
     drop((child, reporter));
     let mut answer = [0; 5];
@@ -116,13 +135,22 @@ struct ChildStreams {
     terminal: bool,
 }
 
-fn pipes() -> Result<(ChildStreams, Streams), Error> {
+fn pipes(user: &User) -> Result<(ChildStreams, Streams), Error> {
     let (stdin, stdin_near) = pipe_with(PipeFlags::CLOEXEC)?;
     let (stdout_near, stdout) = pipe_with(PipeFlags::CLOEXEC)?;
     let (stderr_near, stderr) = pipe_with(PipeFlags::CLOEXEC)?;
+    // The program may open its own streams by name: `/dev/stdout`.
+    for stream in [&stdin, &stdout, &stderr] {
+        give(stream, user)?;
+    }
     let outputs = vec![Output::pipe(stdout_near, Which::Stdout)?, Output::pipe(stderr_near, Which::Stderr)?];
     let child = ChildStreams { descriptors: [stdin, stdout, stderr], terminal: false };
     Ok((child, Streams { stdin: Stdin::pipe(stdin_near)?, outputs }))
+}
+
+fn give(stream: &OwnedFd, user: &User) -> Result<(), Error> {
+    let (uid, gid) = (rustix::fs::Uid::from_raw(user.uid), rustix::fs::Gid::from_raw(user.gid));
+    Ok(rustix::fs::fchown(stream, Some(uid), Some(gid))?)
 }
 
 fn terminal(size: WindowSize, user: &User) -> Result<(ChildStreams, Streams), Error> {
@@ -132,11 +160,7 @@ fn terminal(size: WindowSize, user: &User) -> Result<(ChildStreams, Streams), Er
     let path = rustix::pty::ptsname(&near, Vec::new())?;
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
     let far = rustix::fs::open(&*path, flags, Mode::empty())?;
-    rustix::fs::fchown(
-        &far,
-        Some(rustix::fs::Uid::from_raw(user.uid)),
-        Some(rustix::fs::Gid::from_raw(user.gid)),
-    )?;
+    give(&far, user)?;
     let descriptors = [far.try_clone()?, far.try_clone()?, far];
     let output = Output::terminal(near.try_clone()?)?;
     let stdin = Stdin::terminal(near)?;
@@ -198,7 +222,7 @@ impl Plan {
         })
     }
 
-    fn fork(&self, streams: &ChildStreams, entrance: &OwnedFd, reporter: &OwnedFd) -> Result<i32, Error> {
+    fn fork(&self, streams: &ChildStreams, cgroup: &Cgroup, reporter: &OwnedFd) -> Result<i32, Error> {
         // The shell's words for each candidate, should it be a script without a first line.
         let shells: Vec<Vec<*const libc::c_char>> = self
             .candidates
@@ -210,24 +234,25 @@ impl Plan {
                 words
             })
             .collect();
-        // SAFETY: the child makes system calls on memory prepared above until it execs or exits; it neither allocates
+        let arguments = CloneArguments {
+            flags: CLONE_INTO_CGROUP,
+            exit_signal: libc::SIGCHLD as u64,
+            cgroup: cgroup.directory().as_raw_fd() as u64,
+            ..CloneArguments::default()
+        };
+        // A fork into the cgroup: to move there afterwards would wait for every processor of the machine.
+        // SAFETY: `arguments` is as the kernel wants it; the child makes system calls on memory prepared above until it execs or exits; it neither allocates
         // nor takes locks, so it does not matter what other threads held at the fork.
-        match unsafe { libc::fork() } {
+        match unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of_val(&arguments)) } {
             -1 => Err(Error::last_os_error()),
-            0 => self.child(streams, entrance.as_raw_fd(), reporter.as_raw_fd(), &shells),
-            pid => Ok(pid),
+            0 => self.child(streams, reporter.as_raw_fd(), &shells),
+            pid => i32::try_from(pid).map_err(Error::other),
         }
     }
 
     /// The child's life until its exec.
-    fn child(
-        &self,
-        streams: &ChildStreams,
-        entrance: i32,
-        reporter: i32,
-        shells: &[Vec<*const libc::c_char>],
-    ) -> ! {
-        let (step, errno) = match self.enter(streams, entrance) {
+    fn child(&self, streams: &ChildStreams, reporter: i32, shells: &[Vec<*const libc::c_char>]) -> ! {
+        let (step, errno) = match self.enter(streams) {
             Err(failure) => failure,
             Ok(()) => (STEP_EXEC, self.exec(shells)),
         };
@@ -240,8 +265,8 @@ impl Plan {
         }
     }
 
-    /// Becomes what the program shall be: streams, session, cgroup, limits, user, directory.
-    fn enter(&self, streams: &ChildStreams, entrance: i32) -> Result<(), (u8, i32)> {
+    /// Becomes what the program shall be: streams, session, limits, user, directory.
+    fn enter(&self, streams: &ChildStreams) -> Result<(), (u8, i32)> {
         let other = |result: i64| if result < 0 { Err((STEP_OTHER, last_errno())) } else { Ok(()) };
         let [stdin, stdout, stderr] = &streams.descriptors;
         // SAFETY: plain system calls on valid descriptors, numbers, and memory that outlives them.
@@ -254,7 +279,6 @@ impl Plan {
             if streams.terminal {
                 other(i64::from(libc::ioctl(0, libc::TIOCSCTTY, 0)))?;
             }
-            other(libc::write(entrance, b"0".as_ptr().cast(), 1) as i64)?;
             let score = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
             if score >= 0 {
                 libc::write(score, b"0".as_ptr().cast(), 1);

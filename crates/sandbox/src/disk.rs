@@ -98,7 +98,12 @@ fn copy_sparsely(source: &mut File, target: &mut File) -> std::io::Result<()> {
             if count == 0 {
                 return Ok(());
             }
-            target.write_all(&buffer[..count])?;
+            // File systems that do not tell their holes (9p, some NFS) call everything data.
+            if buffer[..count].iter().all(|byte| *byte == 0) {
+                target.seek_relative(count as i64)?;
+            } else {
+                target.write_all(&buffer[..count])?;
+            }
             position += count as u64;
         }
     }

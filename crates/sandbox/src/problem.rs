@@ -11,7 +11,11 @@ pub fn problem(code: &str, error: &dyn std::error::Error, hint: Option<String>) 
     let mut message = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
-        let _ = write!(message, ": {error}");
+        // Some libraries repeat their source in their own text.
+        let text = error.to_string();
+        if !message.contains(&text) {
+            let _ = write!(message, ": {text}");
+        }
         source = error.source();
     }
     Problem { code: code.to_owned(), message, hint }

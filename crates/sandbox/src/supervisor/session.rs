@@ -150,8 +150,18 @@ async fn converse(
     };
     tokio::select! {
         result = talk => result,
-        error = driver => Err(problem("guest-protocol", &error, Some("the sandbox was ended".into()))),
+        error = driver => Err(broken_by_guest(&error)),
     }
+}
+
+/// The guest sent what no agent of ours sends; the innermost error says what.
+fn broken_by_guest(error: &dyn std::error::Error) -> Problem {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    let hint = "something in the guest, which only its root can be, wrote on the agent's port; the sandbox was ended";
+    plain("guest-protocol", format!("the guest broke its agent's protocol: {cause}"), Some(hint))
 }
 
 fn boot_timeout(deadline: Duration) -> Problem {

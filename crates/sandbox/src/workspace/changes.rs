@@ -214,6 +214,10 @@ pub(super) fn random_hex() -> io::Result<String> {
     Ok(format!("{:032x}", u128::from_be_bytes(bytes)))
 }
 
+/// How often, and how far apart, a lock is tried before it counts as held.
+const LOCK_TRIES: u32 = 50;
+const LOCK_PAUSE: std::time::Duration = std::time::Duration::from_millis(20);
+
 /// A recorded set of changes, sorted by path.
 #[derive(Debug)]
 pub struct ChangeSet {
@@ -260,11 +264,16 @@ impl ChangeSet {
     pub(super) fn lock(&self) -> Result<Option<File>, ChangeSetError> {
         let lock = || -> io::Result<Option<File>> {
             let file = open_in(&self.handle, CONTENT, OFlags::RDONLY)?;
-            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => Ok(Some(file)),
-                Err(Errno::WOULDBLOCK) => Ok(None),
-                Err(error) => Err(error.into()),
+            // A process that another one just started still has copies of that one's descriptors, until its exec: a lock
+            // that was let go may look held for a moment.
+            for _ in 0..LOCK_TRIES {
+                match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                    Ok(()) => return Ok(Some(file)),
+                    Err(Errno::WOULDBLOCK) => std::thread::sleep(LOCK_PAUSE),
+                    Err(error) => return Err(error.into()),
+                }
             }
+            Ok(None)
         };
         lock().map_err(ChangeSetError::io(self.directory.join(CONTENT)))
     }

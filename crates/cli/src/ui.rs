@@ -12,7 +12,10 @@ pub(crate) const RUN_FAILED: u8 = 125;
 
 /// Prints an error and its remedy.
 pub(crate) fn error(problem: &Problem) {
-    let mut text = format!("{} {}\n", paint("error:", "1;31"), problem.message);
+    // Some of the words may be a guest's: they must not write to the terminal, nor fill it.
+    let shown = |character: &char| *character == '\n' || !character.is_control();
+    let message: String = problem.message.chars().filter(shown).take(4096).collect();
+    let mut text = format!("{} {message}\n", paint("error:", "1;31"));
     if let Some(hint) = &problem.hint {
         text.push_str(&format!("{} {hint}\n", paint("hint:", "1;36")));
     }

@@ -91,6 +91,8 @@ async fn answer(agent: &Agent, mut stream: Stream) -> Result<(), FrameError> {
             }
         },
         Request::Changes { mount } => {
+            // What still runs in the background would change what is being listed.
+            shutdown::end_programs(std::time::Duration::from_millis(500)).await;
             let upper = agent.layout.get().and_then(|layout| layout.upper(mount));
             match upper {
                 Some(upper) => changes::serve(upper, stream).await,

@@ -73,6 +73,8 @@ pub(crate) fn configure(wish: &Configure, file_systems: &BTreeSet<String>) -> Re
     overlay(&lower, "root", Path::new(NEW_ROOT), 0o755, (0, 0))?;
     let root = open_directory(NEW_ROOT)?;
     make_standard_directories(&root, matches!(wish.root, Root::FileSystem { .. }))?;
+    // Before the mounts: a project may lie below it, as removable disks do.
+    mount_run(&root)?;
     let mut uppers = Vec::new();
     for (index, mount) in wish.mounts.iter().enumerate() {
         uppers.push(place(&root, index, mount, &served(&mount.tag)?)?);
@@ -215,6 +217,13 @@ fn make_path(root: &OwnedFd, path: &Path) -> Result<OwnedFd, String> {
     Ok(parent)
 }
 
+fn mount_run(root: &OwnedFd) -> Result<(), String> {
+    let run = make_path(root, Path::new("/run"))?;
+    let run = format!("/proc/self/fd/{}", run.as_raw_fd());
+    mount("run", &run, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, c"mode=755")
+        .map_err(say("mount /run"))
+}
+
 /// Moves the kernel's file systems into the new root and adds those that programs expect.
 fn mount_system(root: &OwnedFd) -> Result<(), String> {
     // devtmpfs brings nodes, not these.
@@ -230,10 +239,6 @@ fn mount_system(root: &OwnedFd) -> Result<(), String> {
         .map_err(say("mount /dev/pts"))?;
     mount("shm", "/dev/shm", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, c"mode=1777")
         .map_err(say("mount /dev/shm"))?;
-    let run = make_path(root, Path::new("/run"))?;
-    let run = format!("/proc/self/fd/{}", run.as_raw_fd());
-    mount("run", &run, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, c"mode=755")
-        .map_err(say("mount /run"))?;
     for name in ["/dev", "/sys", "/proc"] {
         let target = make_path(root, Path::new(name))?;
         let path = format!("/proc/self/fd/{}", target.as_raw_fd());

@@ -45,7 +45,7 @@ pub enum Request {
     Configure(Box<Configure>),
     /// Run a program.
     Exec(Box<Exec>),
-    /// List what was changed in the copy-on-write mount with this index in [`Configure::mounts`].
+    /// End all processes and list what was changed in the copy-on-write mount with this index in [`Configure::mounts`].
     Changes {
         /// Index in [`Configure::mounts`].
         mount: u32,

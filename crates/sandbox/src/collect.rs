@@ -15,6 +15,9 @@ use crate::workspace::{ChangeLimits, ChangeRecorder, ChangeSet, Origin, RecordEr
 /// Where a sandbox's change set lies in its directory.
 pub(crate) const DIRECTORY: &str = "changes";
 
+/// Longest silence of a guest that lists its changes.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
+
 /// Records what the guest lists for mount number `mount`; returns the number of changed paths.
 pub(crate) async fn changes(
     opener: &Opener,
@@ -46,7 +49,10 @@ pub(crate) async fn changes(
 async fn record(mut recorder: ChangeRecorder, stream: &mut Stream) -> Result<ChangeSet, Problem> {
     let mut open = false;
     loop {
-        let change: Change = frame::read(stream).await.map_err(|error| problem("changes", &error, None))?;
+        let change: Change = tokio::time::timeout(PATIENCE, frame::read(stream))
+            .await
+            .map_err(|_| plain("changes", "the guest stopped listing its changes", None))?
+            .map_err(|error| problem("changes", &error, None))?;
         if let Change::Data(bytes) = &change {
             recorder.data(bytes).map_err(|error| refused(&error))?;
             continue;

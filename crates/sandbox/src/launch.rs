@@ -10,7 +10,7 @@ use crate::problem::{Problem, plain, problem};
 use crate::project::{Workspace, WorkspaceMode};
 use crate::spec::{HostUser, Image, Spec, check_name, new_uuid};
 use crate::state::{Home, random_word};
-use crate::workspace::{ChangeSet, ChangeSetError, ChangeSummary, LastChanges};
+use crate::workspace::{ChangeSet, ChangeSetError, LastChanges};
 use crate::{disk, files, setup};
 
 /// Most virtual processors given without being asked.
@@ -202,14 +202,20 @@ fn describe(spec: &Spec) -> String {
 
 /// Makes a finished sandbox's change set the last one. A set without changes leaves the former last one in place.
 ///
+/// The set was written by the supervisor, which is confined because it faces the guest: it has no say in which directory
+/// the changes are for.
+///
 /// # Errors
 /// If the set cannot be read or moved.
-pub fn keep_last(home: &Home, change_set: &Path) -> Result<ChangeSummary, Problem> {
+pub fn keep_last(home: &Home, change_set: &Path, workspace: &Path) -> Result<ChangeSet, Problem> {
     let refused = |error: ChangeSetError| problem("changes", &error, error.hint().map(str::to_owned));
+    let real = std::fs::symlink_metadata(change_set).is_ok_and(|metadata| metadata.is_dir());
     let set = ChangeSet::load(change_set).map_err(refused)?;
-    let summary = set.summary();
-    if !set.is_empty() {
-        LastChanges::new(home.path()).keep(set).map_err(refused)?;
+    if !real || set.workspace() != workspace {
+        return Err(plain("changes", "the recorded changes are not for this sandbox's workspace", None));
     }
-    Ok(summary)
+    if set.is_empty() {
+        return Ok(set);
+    }
+    LastChanges::new(home.path()).keep(set).map_err(refused)
 }

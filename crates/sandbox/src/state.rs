@@ -159,15 +159,18 @@ impl Home {
         self.sweep_trash();
         let _ = crate::workspace::LastChanges::new(&self.path).sweep();
         let Ok(entries) = fs::read_dir(self.sandboxes()) else { return };
-        // INVARIANT: with the creation lock held exclusively no `.new-` directory is being made.
+        // INVARIANT: with the creation lock held exclusively no sandbox is being made, so what looks dead stays dead.
         let creation = self
             .creation_lock()
             .ok()
             .filter(|lock| rustix::fs::flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok());
+        if creation.is_none() {
+            return;
+        }
         for entry in entries.flatten() {
             let name = entry.file_name();
             let half_made = name.as_encoded_bytes().starts_with(NEW_PREFIX.as_bytes());
-            if name == ".lock" || (half_made && creation.is_none()) {
+            if name == ".lock" {
                 continue;
             }
             let sandbox = SandboxDirectory { path: entry.path(), home: self.clone() };
@@ -230,7 +233,10 @@ impl SandboxDirectory {
 
     /// True if nobody holds the sandbox.
     pub fn is_dead(&self) -> bool {
-        let Ok(lock) = OpenOptions::new().read(true).open(self.path.join("lock")) else { return true };
+        let lock = match OpenOptions::new().read(true).open(self.path.join("lock")) {
+            Ok(lock) => lock,
+            Err(error) => return error.kind() == ErrorKind::NotFound,
+        };
         rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
     }
 

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use agentkernel_sandbox::state::Home;
-use agentkernel_sandbox::workspace::{ApplyAction, ApplyOptions, ApplyReport, LastChanges};
+use agentkernel_sandbox::workspace::{ApplyAction, ApplyOptions, ApplyReport, ChangeSet, LastChanges};
 use agentkernel_sandbox::{Problem, plain, problem, workspace};
 
 use crate::arguments::ApplyArguments;
@@ -25,10 +25,19 @@ pub(super) fn apply(arguments: &ApplyArguments) -> Result<u8, Problem> {
 pub(super) fn apply_last(home: &Home, paths: &[PathBuf], dry_run: bool) -> Result<ApplyReport, Problem> {
     let last = LastChanges::new(home.path());
     let set = last.load().map_err(|error| problem("changes", &error, error.hint().map(str::to_owned)))?;
-    let Some(mut set) = set else {
+    let Some(set) = set else {
         let hint = "agentkernel run keeps the changes that its command made in the workspace";
         return Err(plain("no-changes", "there are no kept changes", Some(hint)));
     };
+    apply_set(set, paths, dry_run)
+}
+
+/// Applies a change set, or those of its paths that are named; one of which all was taken is removed.
+pub(super) fn apply_set(
+    mut set: ChangeSet,
+    paths: &[PathBuf],
+    dry_run: bool,
+) -> Result<ApplyReport, Problem> {
     let paths: Vec<PathBuf> =
         paths.iter().map(|path| path.strip_prefix(set.workspace()).unwrap_or(path).to_owned()).collect();
     let options = ApplyOptions { named: paths.clone(), paths, exclude: Vec::new(), dry_run };

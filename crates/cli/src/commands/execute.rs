@@ -7,6 +7,7 @@
 
 use std::io::ErrorKind;
 use std::sync::Arc;
+use std::time::Duration;
 
 use agentkernel_protocol::frame::CHUNK;
 use agentkernel_protocol::message::{
@@ -97,6 +98,8 @@ pub(super) async fn execute(
     sink: Sink<'_>,
 ) -> Result<Ended, Problem> {
     let interactive = exec.terminal.is_some() && terminal::is_interactive();
+    // The guest ends the program in time; a guest that does not is ended with all it has.
+    let limit = exec.timeout_ms.map(|timeout| Duration::from_millis(timeout) + TIMEOUT_GRACE);
     let execution = lease.exec(exec).await?;
     let _raw = if interactive { RawMode::enter() } else { None };
     let (sender, receiver) = mpsc::channel(4);
@@ -106,6 +109,11 @@ pub(super) async fn execute(
     let ended = tokio::select! {
         result = receive(execution.output, sink, &sender, &window) => result,
         signal = watch_signals(&sender, interactive) => Ok(Ended::Abandoned { signal }),
+        () = overdue(limit) => Ok(Ended::Exited(Exit {
+            status: ExitStatus::Signal(9),
+            timed_out: true,
+            out_of_memory: false,
+        })),
     };
     stdin.abort();
     input.abort();
@@ -113,6 +121,16 @@ pub(super) async fn execute(
         Ok(ended) => Ok(ended),
         Err(Broken::Stream) => Err(lease.failure().await),
         Err(Broken::Output(error)) => Err(problem("output", &error, None)),
+    }
+}
+
+/// How much later than the guest the host ends a program whose time is up.
+const TIMEOUT_GRACE: Duration = Duration::from_secs(10);
+
+async fn overdue(limit: Option<Duration>) {
+    match limit {
+        Some(limit) => tokio::time::sleep(limit).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -188,6 +206,9 @@ async fn receive(
     }
 }
 
+/// How long a program may go on after nobody reads its output any more.
+const PIPE_GRACE: Duration = Duration::from_secs(2);
+
 /// Writes to one of our own streams. A reader that went away ends the program as it would have ended here: by SIGPIPE.
 async fn write<W: tokio::io::AsyncWrite + Unpin>(
     stream: &mut Option<W>,
@@ -204,6 +225,12 @@ async fn write<W: tokio::io::AsyncWrite + Unpin>(
         Err(error) if error.kind() == ErrorKind::BrokenPipe => {
             *stream = None;
             let _ = inputs.send(ExecInput::Signal(rustix::process::Signal::PIPE.as_raw())).await;
+            // Python and Node ignore that signal and wait for an error that their own pipe will never have.
+            let inputs = inputs.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(PIPE_GRACE).await;
+                let _ = inputs.send(ExecInput::Kill).await;
+            });
             Ok(())
         }
         Err(error) => Err(Broken::Output(error)),

@@ -1,6 +1,7 @@
 //! `agentkernel run`: a temporary sandbox, one command, and what became of the project.
 
 use std::ffi::{OsStr, OsString};
+use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use agentkernel_sandbox::client::{Finished, Lease};
 use agentkernel_sandbox::launch::{self, Launch};
 use agentkernel_sandbox::project::WorkspaceMode;
 use agentkernel_sandbox::state::Home;
-use agentkernel_sandbox::workspace::{ApplyReport, ChangeSummary};
+use agentkernel_sandbox::workspace::{ApplyReport, ChangeSet, ChangeSummary};
 use agentkernel_sandbox::{Problem, plain};
 use serde::Serialize;
 use serde_bytes::ByteBuf;
@@ -63,32 +64,54 @@ async fn in_sandbox(
         }
     };
     let mut code = ended.code();
-    let kept = keep_changes(&mut lease, home, launch, &ended).await;
+    let kept = tokio::select! {
+        kept = keep_changes(&mut lease, home, launch, &ended) => kept,
+        code = interrupted() => {
+            lease.release();
+            return Ok(code);
+        }
+    };
     lease.release();
-    if !quiet {
+    if !quiet || (!arguments.json && matches!(ended, Ended::NotStarted { .. })) {
         explain(&ended, arguments);
     }
-    let summary = kept?;
+    // Whatever became of the changes, what the command said is not lost.
+    let (kept, mut failure) = match kept {
+        Ok(kept) => (kept, None),
+        Err(problem) => (None, Some(problem)),
+    };
+    let summary = kept.as_ref().map(ChangeSet::summary);
     let mut report = None;
-    if let Some(summary) = summary.as_ref().filter(|summary| summary.total() > 0) {
+    if let Some((set, summary)) = kept.zip(summary).filter(|(_, summary)| summary.total() > 0) {
         if arguments.apply && code == 0 {
-            let applied = apply::apply_last(home, &[], false)?;
-            if !quiet {
-                apply::show(&applied);
+            match apply::apply_set(set, &[], false) {
+                Ok(applied) => {
+                    if !quiet {
+                        apply::show(&applied);
+                    }
+                    if apply::has_leftovers(&applied) {
+                        code = ui::RUN_FAILED;
+                    }
+                    report = Some(applied);
+                }
+                Err(problem) => failure = Some(problem),
             }
-            if apply::has_leftovers(&applied) {
-                code = ui::RUN_FAILED;
-            }
-            report = Some(applied);
         } else if !quiet {
             let why = if arguments.apply { " (not applied: the command failed)" } else { "" };
             ui::note(&format!("{summary}{why}, kept as last: agentkernel apply --last"));
         }
     }
     if arguments.json {
-        ui::json(&Outcome::new(&ended, code, &captured, summary, report, started, begun.elapsed()));
+        let mut outcome = Outcome::new(&ended, code, &captured, summary, report, started, begun.elapsed());
+        if let Some(problem) = &failure {
+            outcome.error = Some(problem.message.clone());
+        }
+        ui::json(&outcome);
     }
-    Ok(code)
+    match failure {
+        Some(problem) => Err(problem),
+        None => Ok(code),
+    }
 }
 
 /// Moves the sandbox's change set to where `apply --last` finds it.
@@ -97,15 +120,15 @@ async fn keep_changes(
     home: &Home,
     launch: &Launch,
     ended: &Ended,
-) -> Result<Option<ChangeSummary>, Problem> {
-    let shared = launch.spec.workspace.as_ref().is_some_and(|workspace| workspace.mode == WorkspaceMode::Cow);
-    if !shared || matches!(ended, Ended::Abandoned { .. }) {
+) -> Result<Option<ChangeSet>, Problem> {
+    let shared = launch.spec.workspace.as_ref().filter(|workspace| workspace.mode == WorkspaceMode::Cow);
+    let Some(workspace) = shared.filter(|_| !matches!(ended, Ended::Abandoned { .. })) else {
         return Ok(None);
-    }
+    };
     let Finished { change_set, problem, .. } = lease.finish().await?;
     match (problem, change_set) {
         (Some(problem), _) => Err(problem),
-        (None, Some(change_set)) => launch::keep_last(home, &change_set).map(Some),
+        (None, Some(change_set)) => launch::keep_last(home, &change_set, &workspace.root).map(Some),
         (None, None) => Ok(None),
     }
 }
@@ -210,19 +233,25 @@ struct Outcome {
     total_ms: f64,
 }
 
-/// Text as a string where it is UTF-8, else its bytes.
+/// Text as a string where it is UTF-8, else its bytes in hexadecimal.
 #[derive(Serialize)]
 #[serde(untagged)]
 enum Text {
     Utf8(String),
-    Bytes { bytes: Vec<u8> },
+    Hexadecimal { hex: String },
 }
 
 impl Text {
     fn of(bytes: &[u8]) -> Self {
         match std::str::from_utf8(bytes) {
             Ok(text) => Self::Utf8(text.to_owned()),
-            Err(_) => Self::Bytes { bytes: bytes.to_vec() },
+            Err(_) => {
+                let mut hex = String::with_capacity(bytes.len() * 2);
+                for byte in bytes {
+                    let _ = write!(hex, "{byte:02x}");
+                }
+                Self::Hexadecimal { hex }
+            }
         }
     }
 }

@@ -133,7 +133,7 @@ fn json_carries_everything() {
     assert_eq!(said.stderr, "");
     let said = host.agentkernel(&["run", "--json", "--workspace", "none", "--", "printf", "\\377"]);
     let value: serde_json::Value = serde_json::from_str(said.expect(0)).unwrap();
-    assert_eq!(value["stdout"]["bytes"], serde_json::json!([255]));
+    assert_eq!(value["stdout"]["hex"], "ff");
 }
 
 #[test]

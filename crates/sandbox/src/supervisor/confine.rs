@@ -11,6 +11,7 @@ use landlock::{
     RulesetCreatedAttr, RulesetError, Scope,
 };
 use rustix::thread::{CapabilitySet, CapabilitySets};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
 /// Newest landlock interface known here; older kernels get what they have.
 const LANDLOCK: ABI = ABI::V6;
@@ -33,7 +34,8 @@ pub(super) struct Reach {
 pub(super) fn confine(reach: &Reach) -> Result<(), String> {
     rustix::thread::set_no_new_privs(true).map_err(|error| format!("no_new_privs: {error}"))?;
     landlock(reach).map_err(|error| format!("landlock: {error}"))?;
-    drop_capabilities().map_err(|error| format!("capabilities: {error}"))
+    drop_capabilities().map_err(|error| format!("capabilities: {error}"))?;
+    filter_system_calls().map_err(|error| format!("system call filter: {error}"))
 }
 
 fn landlock(reach: &Reach) -> Result<(), RulesetError> {
@@ -72,6 +74,33 @@ fn allow(
     let Ok(descriptor) = PathFd::new(path) else { return Ok(rules) };
     let access = if path.is_dir() { access } else { access & AccessFs::from_file(LANDLOCK) };
     rules.add_rule(PathBeneath::new(descriptor, access))
+}
+
+/// Denies what landlock does not: sockets by path or UDP (a session bus, a container engine), and signals to others. The
+/// control socket is open already, and the machine is ended through a descriptor. Holds for all threads, also for those
+/// that watch the machine and were started before.
+fn filter_system_calls() -> Result<(), seccompiler::Error> {
+    let denied = [
+        libc::SYS_socket,
+        libc::SYS_connect,
+        libc::SYS_kill,
+        libc::SYS_tkill,
+        libc::SYS_pidfd_open,
+        libc::SYS_ptrace,
+        libc::SYS_process_vm_readv,
+        libc::SYS_process_vm_writev,
+        libc::SYS_io_uring_setup,
+        libc::SYS_execve,
+        libc::SYS_execveat,
+    ];
+    let filter = SeccompFilter::new(
+        denied.into_iter().map(|call| (call, Vec::new())).collect(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::EPERM.cast_unsigned()),
+        std::env::consts::ARCH.try_into()?,
+    )?;
+    let program: BpfProgram = filter.try_into()?;
+    seccompiler::apply_filter_all_threads(&program)
 }
 
 /// Keeps what serving a foreign user's workspace and ending the machine (which has a user id of its own) need.

@@ -132,7 +132,12 @@ async fn converse(
     }
     let (opener, driver) = mux::host(port.session());
     let talk = async {
-        configure(spec, exports, &opener).await?;
+        tokio::select! {
+            configured = tokio::time::timeout(deadline, configure(spec, exports, &opener)) => {
+                configured.map_err(|_| boot_timeout(deadline))??;
+            }
+            () = lease.ended() => return Ok(()),
+        }
         tracing::debug!("the guest is configured");
         lease.send(&Event::Ready).await;
         tokio::select! {
@@ -140,7 +145,10 @@ async fn converse(
             wish = lease.wish() => match wish {
                 Wish::Gone => Ok(()),
                 Wish::Finish => {
-                    let event = finish(spec, directory, exports, &opener).await;
+                    let event = tokio::select! {
+                        event = finish(spec, directory, exports, &opener) => event,
+                        () = lease.ended() => return Ok(()),
+                    };
                     lease.send(&event).await;
                     lease.ended().await;
                     Ok(())

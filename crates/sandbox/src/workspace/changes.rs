@@ -337,7 +337,15 @@ impl ChangeSet {
     /// # Errors
     /// The directory cannot be removed.
     pub fn discard(self) -> Result<(), ChangeSetError> {
-        remove_set(&self.directory).map_err(ChangeSetError::io(self.directory))
+        // By the descriptor: meanwhile the name may belong to a newer set, which must not be touched.
+        for name in [MANIFEST, MANIFEST_NEW, APPLYING, CONTENT] {
+            match rustix::fs::unlinkat(&self.handle, name, AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(error) => return Err(ChangeSetError::io(self.directory)(error.into())),
+            }
+        }
+        let _ = std::fs::remove_dir(&self.directory);
+        Ok(())
     }
 
     /// The changes, sorted by path: a directory before what is in it.

@@ -11,6 +11,7 @@
 
 pub mod client;
 mod collect;
+pub mod configuration;
 mod disk;
 mod exports;
 pub mod files;

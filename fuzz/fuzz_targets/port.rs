@@ -2,7 +2,7 @@
 #![no_main]
 
 use agentkernel_protocol::frame;
-use agentkernel_protocol::message::{Change, ExecInput, ExecOutput, Request};
+use agentkernel_protocol::message::{Entry, ExecInput, ExecOutput, Request};
 use agentkernel_protocol::mux;
 use agentkernel_protocol::record::Port;
 use libfuzzer_sys::fuzz_target;
@@ -12,7 +12,7 @@ fuzz_target!(|data: &[u8]| {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     runtime.block_on(async {
         let _ = frame::decode::<ExecOutput>(data);
-        let _ = frame::decode::<Change>(data);
+        let _ = frame::decode::<Entry>(data);
         let _ = frame::decode::<Request>(data);
         let _ = frame::decode::<ExecInput>(data);
         // The host, greeted properly, then given the data.

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use agentkernel_sandbox::configuration::Profile;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::values;
@@ -27,18 +28,51 @@ Examples:
   agentkernel run -- python3 script.py         run the project's script in a microVM
   agentkernel run -- make test                 its changes are kept apart ...
   agentkernel apply --last                     ... until you take them
-  agentkernel run --apply -- cargo fmt         take them at once if the command succeeds
-  agentkernel run --workspace none -- uname -a run something that needs no project
+  agentkernel create dev                       a sandbox that lives: exec, stop and start as often as you like
+  agentkernel exec dev -- npm test             run a command in it
+  agentkernel diff dev                         see what was changed in it, and agentkernel apply dev to take it
   agentkernel doctor                           what this machine can do, and what would help";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
-    Run(RunArguments),
-    Apply(ApplyArguments),
+    #[command(flatten)]
+    Sandbox(SandboxVerb),
+    /// The verbs of a sandbox, by the name of the group: `sandbox create` is `create`.
+    #[command(name = "sandbox", subcommand)]
+    Group(SandboxVerb),
+    #[command(subcommand)]
+    Volume(VolumeVerb),
+    Init(InitArguments),
     Setup(SetupArguments),
     Doctor(DoctorArguments),
-    Benchmark(BenchmarkArguments),
+    Benchmark(Box<BenchmarkArguments>),
     Completions(CompletionsArguments),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SandboxVerb {
+    Run(Box<RunArguments>),
+    Create(Box<CreateArguments>),
+    Start(StartArguments),
+    Stop(StopArguments),
+    #[command(visible_alias = "remove")]
+    Rm(RemoveArguments),
+    #[command(visible_aliases = ["ls", "ps"])]
+    List(ListArguments),
+    #[command(visible_alias = "inspect")]
+    Info(InfoArguments),
+    Stats(StatsArguments),
+    Exec(Box<ExecArguments>),
+    Attach(AttachArguments),
+    ExecList(ExecListArguments),
+    ExecLogs(ExecLogsArguments),
+    ExecKill(ExecKillArguments),
+    Logs(LogsArguments),
+    Cp(CopyArguments),
+    Diff(DiffArguments),
+    Apply(ApplyArguments),
+    Extend(ExtendArguments),
+    Gc(GcArguments),
 }
 
 /// Run a command in a temporary sandbox and remove it.
@@ -50,33 +84,34 @@ pub(crate) enum Verb {
 pub(crate) struct RunArguments {
     #[command(flatten)]
     pub sandbox: SandboxArguments,
-    /// Set a variable in the command's environment; without a value, take this shell's.
-    #[arg(short, long, value_name = "K[=V]")]
-    pub env: Vec<OsString>,
-    /// Start in this directory of the guest.
-    #[arg(short, long, value_name = "DIRECTORY")]
-    pub workdir: Option<PathBuf>,
-    /// Run as this user: a name or id of the guest, with an optional group.
-    #[arg(short, long, value_name = "USER[:GROUP]")]
-    pub user: Option<String>,
-    /// Kill the command and all it started after this time, such as 30, 90s, 5m, 1h.
-    #[arg(long, value_name = "TIME", value_parser = values::duration)]
-    pub timeout: Option<Duration>,
-    /// Give the command a terminal even if this is not one.
-    #[arg(short, long)]
-    pub tty: bool,
+    #[command(flatten)]
+    pub how: HowArguments,
     /// If the command succeeds, write its changes to the workspace.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "keep")]
     pub apply: bool,
-    /// Print one JSON object with output, exit code and changes instead of streaming.
-    #[arg(long, conflicts_with = "tty")]
-    pub json: bool,
+    /// Leave the sandbox running under its name.
+    #[arg(short, long)]
+    pub keep: bool,
     /// Say nothing but errors on stderr.
     #[arg(short, long)]
     pub quiet: bool,
     /// The command and its arguments.
     #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
+}
+
+/// How one command runs.
+#[derive(Debug, Args)]
+pub(crate) struct HowArguments {
+    /// Kill the command and all it started after this time, such as 30, 90s, 5m, 1h.
+    #[arg(long, value_name = "TIME", value_parser = values::duration)]
+    pub timeout: Option<Duration>,
+    /// Give the command a terminal even if this is not one.
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Print one JSON object with output and exit code instead of streaming.
+    #[arg(long, conflicts_with = "tty")]
+    pub json: bool,
 }
 
 const RUN_EXAMPLES: &str = "\
@@ -87,34 +122,382 @@ Examples:
   agentkernel run --image ./python-image.tar -- python3 --version
   agentkernel run --json -- ls | jq .exit_code";
 
-/// What the machine is made of.
+/// What the machine is made of, and what its commands find in it.
+///
+/// A flag beats agentkernel.toml, which beats the profile.
 #[derive(Debug, Args)]
 pub(crate) struct SandboxArguments {
     /// Root file system: `host` (this machine's own toolchain, read-only), or an OCI layout directory or archive,
     /// with :TAG if it holds several images.
     #[arg(short, long, value_name = "IMAGE")]
     pub image: Option<String>,
-    /// Name of the sandbox, also the guest's host name.
-    #[arg(short, long)]
-    pub name: Option<String>,
-    /// What becomes of the project: a copy of which changes are kept apart, the real thing, read-only, or nothing.
-    #[arg(long, value_name = "MODE", default_value = "cow")]
-    pub workspace: WorkspaceMode,
-    /// What the sandbox may reach.
-    #[arg(long, value_name = "MODE", default_value = "none")]
-    pub network: Network,
+    /// How much the sandbox is trusted: permissive, moderate or restrictive [default: moderate].
+    #[arg(short, long, value_name = "PROFILE", value_parser = values::profile)]
+    pub profile: Option<Profile>,
+    /// What becomes of the project: a copy of which changes are kept apart (cow), the real thing (rw), read-only (ro),
+    /// or nothing (none) [default: cow].
+    #[arg(long, value_name = "MODE")]
+    pub workspace: Option<WorkspaceMode>,
+    /// What the sandbox may reach [default: none].
+    #[arg(long, value_name = "MODE")]
+    pub network: Option<Network>,
     /// The same as --network none.
     #[arg(long, conflicts_with = "network")]
     pub no_network: bool,
+    /// Set a variable for every command; without a value, take this shell's.
+    #[arg(short, long, value_name = "K[=V]")]
+    pub env: Vec<OsString>,
+    /// Set the variables of a file: K=V lines, # for comments.
+    #[arg(long, value_name = "FILE")]
+    pub env_file: Vec<PathBuf>,
+    /// Start commands in this directory of the guest.
+    #[arg(short, long, value_name = "DIRECTORY")]
+    pub workdir: Option<PathBuf>,
+    /// Run commands as this user: a name or id of the guest, with an optional group.
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub user: Option<String>,
+    /// Mount a directory of this machine, or a named volume, at a path of the guest.
+    #[arg(short, long, value_name = "SOURCE:TARGET[:ro]", value_parser = values::mount)]
+    pub volume: Vec<values::Mount>,
     /// Virtual processors [default: the host's, at most 4].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub vcpus: Option<u32>,
-    /// Memory, such as 512M or 4G; the host backs only what is used.
-    #[arg(long, value_name = "SIZE", default_value = "2G", value_parser = values::size_mib)]
-    pub memory: u64,
-    /// Size of the writable layer, sparse on the host.
-    #[arg(long, value_name = "SIZE", default_value = "10G", value_parser = values::size_mib)]
-    pub disk: u64,
+    /// Memory, such as 512M or 4G; the host backs only what is used [default: 2G].
+    #[arg(long, value_name = "SIZE", value_parser = values::size_mib)]
+    pub memory: Option<u64>,
+    /// Size of the writable layer, sparse on the host [default: 10G].
+    #[arg(long, value_name = "SIZE", value_parser = values::size_mib)]
+    pub disk: Option<u64>,
+    /// Remove the sandbox with all that is in it after this time, such as 30m or 1d.
+    #[arg(long, value_name = "TIME", value_parser = values::duration)]
+    pub ttl: Option<Duration>,
+    /// A word of your own, to find the sandbox by.
+    #[arg(short, long, value_name = "K=V", value_parser = values::label)]
+    pub label: Vec<(String, String)>,
+    /// Configuration to use instead of the project's agentkernel.toml.
+    #[arg(short, long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Name of the sandbox, also the guest's host name.
+    #[arg(short, long)]
+    pub name: Option<String>,
+}
+
+/// Make a sandbox that lives until it is removed, and start it.
+///
+/// It keeps its writable layer and every setting over stop and start.
+#[derive(Debug, Args)]
+#[command(after_help = CREATE_EXAMPLES)]
+pub(crate) struct CreateArguments {
+    /// Name of the sandbox.
+    #[arg(value_name = "NAME")]
+    pub sandbox_name: Option<String>,
+    #[command(flatten)]
+    pub sandbox: SandboxArguments,
+    /// Only make it: agentkernel start does the rest.
+    #[arg(long)]
+    pub no_start: bool,
+    /// Print what was made as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Print nothing but the name and errors.
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+const CREATE_EXAMPLES: &str = "\
+Examples:
+  agentkernel create dev
+  agentkernel create ci --profile restrictive --memory 1G --ttl 2h --label job=42
+  agentkernel create data -v ~/datasets:/data:ro -v cache:/var/cache/app
+  agentkernel create tools --image ./tools.tar --no-start";
+
+/// Start a stopped sandbox, with the settings it was created with.
+#[derive(Debug, Args)]
+pub(crate) struct StartArguments {
+    /// Name or UUID.
+    #[arg(required = true, value_name = "NAME")]
+    pub names: Vec<String>,
+}
+
+/// Stop a sandbox. What is in it stays.
+#[derive(Debug, Args)]
+pub(crate) struct StopArguments {
+    /// Name or UUID.
+    #[arg(required = true, value_name = "NAME")]
+    pub names: Vec<String>,
+    /// Time between asking the programs to end and killing them.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = values::duration)]
+    pub grace: Duration,
+    /// End it as if the power was cut; what was not written back is lost.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// Remove sandboxes with all that is in them.
+#[derive(Debug, Args)]
+pub(crate) struct RemoveArguments {
+    /// Name or UUID.
+    #[arg(required_unless_present = "all", value_name = "NAME")]
+    pub names: Vec<String>,
+    /// Also if it runs.
+    #[arg(short, long)]
+    pub force: bool,
+    /// All sandboxes.
+    #[arg(long, conflicts_with = "names")]
+    pub all: bool,
+}
+
+/// List sandboxes.
+#[derive(Debug, Args)]
+pub(crate) struct ListArguments {
+    /// Only those with this label.
+    #[arg(short, long, value_name = "K[=V]")]
+    pub label: Vec<String>,
+    /// Print names only.
+    #[arg(short, long, conflicts_with = "json")]
+    pub quiet: bool,
+    /// Print as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Show everything about a sandbox.
+#[derive(Debug, Args)]
+pub(crate) struct InfoArguments {
+    /// Name or UUID.
+    pub name: String,
+    /// Print as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Show what sandboxes take from this machine now.
+#[derive(Debug, Args)]
+pub(crate) struct StatsArguments {
+    /// Name or UUID [default: all that run].
+    pub name: Option<String>,
+    /// Print as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Run a command in a running sandbox.
+///
+/// Exits as `run` does. With --detach it runs on without this terminal: exec-list, exec-logs and exec-kill see to it.
+#[derive(Debug, Args)]
+#[command(after_help = EXEC_EXAMPLES)]
+pub(crate) struct ExecArguments {
+    /// Set a variable for the command; without a value, take this shell's.
+    #[arg(short, long, value_name = "K[=V]")]
+    pub env: Vec<OsString>,
+    /// Set the variables of a file: K=V lines, # for comments.
+    #[arg(long, value_name = "FILE")]
+    pub env_file: Vec<PathBuf>,
+    /// Start in this directory of the guest.
+    #[arg(short, long, value_name = "DIRECTORY")]
+    pub workdir: Option<PathBuf>,
+    /// Run as this user: a name or id of the guest, with an optional group.
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub user: Option<String>,
+    /// Let the command run on by itself and print its id.
+    #[arg(short, long)]
+    pub detach: bool,
+    #[command(flatten)]
+    pub how: HowArguments,
+    /// Say nothing but errors on stderr.
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Name or UUID.
+    pub name: String,
+    /// The command and its arguments.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+const EXEC_EXAMPLES: &str = "\
+Examples:
+  agentkernel exec dev -- npm test
+  agentkernel exec dev -w /tmp -e DEBUG=1 -- ./script.sh
+  id=$(agentkernel exec -d dev -- npm start); agentkernel exec-logs --follow $id";
+
+/// Open a shell in a running sandbox, or return to the one that was left.
+///
+/// The detach keys leave it running; end it with exit.
+#[derive(Debug, Args)]
+pub(crate) struct AttachArguments {
+    /// Name or UUID.
+    pub name: String,
+    /// The detached command to attach to, one with a terminal [default: the latest, else a new shell].
+    #[arg(long, value_name = "ID", conflicts_with = "new")]
+    pub id: Option<String>,
+    /// Open a new shell in any case.
+    #[arg(long)]
+    pub new: bool,
+    /// Keys that let go of the command without ending it.
+    #[arg(long, value_name = "KEYS", default_value = "ctrl-p,ctrl-q", value_parser = values::keys)]
+    pub detach_keys: values::Keys,
+}
+
+/// List detached commands.
+#[derive(Debug, Args)]
+pub(crate) struct ExecListArguments {
+    /// Name or UUID of a sandbox [default: all].
+    pub name: Option<String>,
+    /// Print as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Print what a detached command said; the newest 8 MiB at least are kept.
+#[derive(Debug, Args)]
+pub(crate) struct ExecLogsArguments {
+    /// The command's id, or its beginning.
+    pub id: String,
+    /// Go on until the command ends; exit with its code.
+    #[arg(short, long)]
+    pub follow: bool,
+}
+
+/// End a detached command with all it started.
+#[derive(Debug, Args)]
+pub(crate) struct ExecKillArguments {
+    /// The command's id, or its beginning.
+    pub id: String,
+    /// Send this signal to it instead, by name or number.
+    #[arg(short, long, value_parser = values::signal)]
+    pub signal: Option<i32>,
+}
+
+/// Show a sandbox's own record: its lifecycle and its console.
+#[derive(Debug, Args)]
+pub(crate) struct LogsArguments {
+    /// Name or UUID.
+    pub name: String,
+    /// Go on until interrupted.
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Print one JSON object a line.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Copy files and directories between this machine and a running sandbox.
+///
+/// One of the two is NAME:PATH. `-` stands for a tar archive on the standard streams. Links are copied, not followed.
+#[derive(Debug, Args)]
+#[command(after_help = COPY_EXAMPLES)]
+pub(crate) struct CopyArguments {
+    /// PATH, NAME:PATH, or - for a tar archive on stdin.
+    pub source: OsString,
+    /// PATH, NAME:PATH, or - for a tar archive on stdout.
+    pub target: OsString,
+    /// Say nothing but errors.
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+const COPY_EXAMPLES: &str = "\
+Examples:
+  agentkernel cp model.bin dev:/opt/model.bin
+  agentkernel cp dev:/var/log ./logs
+  tar c src | agentkernel cp - dev:/srv
+  agentkernel cp dev:/srv - | tar t";
+
+/// Show what a sandbox's commands changed in its workspace, as a unified diff.
+#[derive(Debug, Args)]
+#[command(
+    override_usage = "agentkernel diff [OPTIONS] NAME [PATH]...\n       agentkernel diff [OPTIONS] --last [PATH]..."
+)]
+pub(crate) struct DiffArguments {
+    /// Name or UUID of a sandbox.
+    #[arg(required_unless_present = "last")]
+    pub name: Option<String>,
+    /// Only these paths, relative to the workspace.
+    #[arg(value_name = "PATH")]
+    pub paths: Vec<PathBuf>,
+    /// The changes of the last `run` instead of a sandbox's.
+    #[arg(long)]
+    pub last: bool,
+    /// Not these paths.
+    #[arg(long, value_name = "PATH")]
+    pub exclude: Vec<PathBuf>,
+    /// Print how much was changed in each file.
+    #[arg(long, conflicts_with_all = ["name_only", "json"])]
+    pub stat: bool,
+    /// Print only the names of changed paths.
+    #[arg(long, conflicts_with = "json")]
+    pub name_only: bool,
+    /// Print as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Give a sandbox more time to live.
+#[derive(Debug, Args)]
+pub(crate) struct ExtendArguments {
+    /// Name or UUID.
+    pub name: String,
+    /// So much more, from what is left.
+    #[arg(long, value_name = "TIME", value_parser = values::duration, required_unless_present = "forever")]
+    pub by: Option<Duration>,
+    /// Let it live until it is removed.
+    #[arg(long, conflicts_with = "by")]
+    pub forever: bool,
+    /// Print the new deadline as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Remove sandboxes whose time is up and what dead processes left behind.
+#[derive(Debug, Args)]
+pub(crate) struct GcArguments {
+    /// Only say what would be removed.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Directories that outlive the sandboxes they are mounted in.
+#[derive(Debug, Subcommand)]
+pub(crate) enum VolumeVerb {
+    /// Make a volume.
+    Create {
+        /// Its name.
+        name: String,
+    },
+    /// List volumes.
+    #[command(visible_alias = "ls")]
+    List {
+        /// Print as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show a volume, its size and who mounts it.
+    #[command(visible_alias = "inspect")]
+    Info {
+        /// Its name.
+        name: String,
+        /// Print as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove volumes and all that is in them.
+    #[command(visible_alias = "remove")]
+    Rm {
+        /// Their names.
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+}
+
+/// Write an agentkernel.toml for this project.
+#[derive(Debug, Args)]
+pub(crate) struct InitArguments {
+    /// Replace one that is there.
+    #[arg(long)]
+    pub force: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -133,18 +516,27 @@ pub(crate) enum Network {
     Public,
 }
 
-/// Write the changes of the last `run` to its workspace.
+/// Write a sandbox's changes, or those of the last `run`, to the workspace.
 ///
 /// A file that changed on the host meanwhile is a conflict: it is left as it is and listed. Paths that could run code on
 /// the host by themselves, such as .git/hooks, are held back unless named one by one.
 #[derive(Debug, Args)]
+#[command(
+    override_usage = "agentkernel apply [OPTIONS] NAME [PATH]...\n       agentkernel apply [OPTIONS] --last [PATH]..."
+)]
 pub(crate) struct ApplyArguments {
-    /// The changes of the last `run`.
-    #[arg(long, required = true)]
+    /// Name or UUID of a sandbox; with --last, the first path.
+    #[arg(required_unless_present = "last")]
+    pub name: Option<String>,
+    /// The changes of the last `run` instead of a sandbox's.
+    #[arg(long)]
     pub last: bool,
     /// Only these paths, relative to the workspace.
     #[arg(value_name = "PATH")]
     pub paths: Vec<PathBuf>,
+    /// Not these paths.
+    #[arg(long, value_name = "PATH")]
+    pub exclude: Vec<PathBuf>,
     /// Say what would be written, write nothing.
     #[arg(long)]
     pub dry_run: bool,

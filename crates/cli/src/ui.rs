@@ -33,6 +33,74 @@ pub(crate) fn data(text: &str) {
     let _ = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
 }
 
+/// Writes bytes to stdout; false if its reader went away.
+pub(crate) fn raw_data(bytes: &[u8]) -> bool {
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(bytes).and_then(|()| stdout.flush()).is_ok()
+}
+
+/// Writes bytes to stderr; false if its reader went away.
+pub(crate) fn raw(bytes: &[u8]) -> bool {
+    std::io::stderr().lock().write_all(bytes).is_ok()
+}
+
+/// Prints rows under their headings, each column as wide as it must be.
+pub(crate) fn table(headings: &[&str], rows: impl Iterator<Item = Vec<String>>) {
+    let rows: Vec<Vec<String>> =
+        std::iter::once(headings.iter().map(|heading| (*heading).to_owned()).collect()).chain(rows).collect();
+    let width = |column: usize| {
+        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..headings.len()).map(width).collect();
+    let mut text = String::new();
+    for row in &rows {
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        text.push_str(cells.join("  ").trim_end());
+        text.push('\n');
+    }
+    data(&text);
+}
+
+/// A number of bytes, as people say it.
+pub(crate) fn size(bytes: u64) -> String {
+    let units = ["B", "K", "M", "G", "T"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < units.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    let digits = usize::from(value < 10.0 && value.fract() > 0.05);
+    format!("{value:.digits$}{}", units[unit])
+}
+
+/// A time, as people say it: the two largest units.
+pub(crate) fn time(time: Duration) -> String {
+    let seconds = time.as_secs();
+    let (days, hours, minutes) = (seconds / 86400, seconds / 3600 % 24, seconds / 60 % 60);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds}s"),
+        (0, 0, _) => format!("{minutes}m{}s", seconds % 60),
+        (0, _, _) => format!("{hours}h{minutes}m"),
+        _ => format!("{days}d{hours}h"),
+    }
+}
+
+/// The word by which `value` is known in JSON.
+pub(crate) fn word<T: Serialize>(value: &T) -> String {
+    match serde_json::to_value(value) {
+        Ok(serde_json::Value::String(word)) => word,
+        _ => String::new(),
+    }
+}
+
+/// Words of strangers on one line, control characters escaped, not longer than a line may be.
+pub(crate) fn line(text: &str) -> String {
+    let short: String = text.chars().take(500).collect();
+    path(std::path::Path::new(&short))
+}
+
 /// Writes `value` to stdout as indented JSON.
 pub(crate) fn json<T: Serialize>(value: &T) {
     match serde_json::to_string_pretty(value) {
@@ -47,9 +115,15 @@ pub(crate) fn usage(error: &clap::Error) -> ExitCode {
     let _ = error.print();
     match error.exit_code() {
         0 => ExitCode::SUCCESS,
-        _ if std::env::args_os().nth(1).is_some_and(|verb| verb == "run") => ExitCode::from(RUN_FAILED),
+        _ if runs_a_command() => ExitCode::from(RUN_FAILED),
         _ => ExitCode::from(2),
     }
+}
+
+/// Whether the command line means a verb whose low exit codes are those of a command.
+fn runs_a_command() -> bool {
+    let mut words = std::env::args_os().skip(1).filter(|word| word != "--verbose" && word != "sandbox");
+    words.next().is_some_and(|verb| verb == "run" || verb == "exec" || verb == "attach")
 }
 
 /// Sends the libraries' log to stderr: warnings, or everything with `--verbose`.
@@ -97,6 +171,11 @@ impl Drop for Status {
     fn drop(&mut self) {
         self.clear();
     }
+}
+
+/// Whether stdout is a terminal that wants colours.
+pub(crate) fn paints_stdout() -> bool {
+    std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 /// Colours `text` if stderr is a terminal that wants colours.

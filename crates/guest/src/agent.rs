@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use agentkernel_protocol::frame::{self, FrameError};
-use agentkernel_protocol::message::{Change, ExecFailure, ExecOutput, Reply, Request};
+use agentkernel_protocol::message::{Entry, ExecFailure, ExecOutput, Programs, Reply, Request};
 use agentkernel_protocol::mux::{self, Stream};
 use agentkernel_protocol::record::Port;
 use tokio::io::AsyncWriteExt;
@@ -14,9 +14,12 @@ use tokio::task::{LocalSet, spawn_blocking, spawn_local};
 
 use crate::boot::{Booted, log};
 use crate::configure::{self, Layout};
+use crate::exec::cgroup::Frozen;
 use crate::exec::{self, Reaper};
 use crate::port::PortIo;
-use crate::{changes, fuse, shutdown};
+use crate::{copy, fuse, shutdown, tree};
+
+const NOT_CONFIGURED: &str = "the machine is not configured yet";
 
 /// What all streams share.
 struct Agent {
@@ -86,22 +89,39 @@ async fn answer(agent: &Agent, mut stream: Stream) -> Result<(), FrameError> {
         Request::Exec(wish) => match agent.layout.get() {
             Some(layout) => exec::serve(agent.reaper.clone(), layout.clone(), *wish, stream).await,
             None => {
-                let message = "the machine is not configured yet".into();
+                let message = NOT_CONFIGURED.into();
                 reply_once(&mut stream, &ExecOutput::Failed { kind: ExecFailure::Other, message }).await
             }
         },
-        Request::Changes { mount } => {
+        Request::Changes { mount, programs } => {
+            let layout = agent.layout.get();
+            let Some((layout, upper)) = layout.and_then(|layout| Some((layout, layout.upper(mount)?))) else {
+                let message = format!("mount {mount} is not copy-on-write");
+                return reply_once(&mut stream, &Entry::Failed { message }).await;
+            };
             // What still runs in the background would change what is being listed.
-            shutdown::end_programs(std::time::Duration::from_millis(500)).await;
-            let upper = agent.layout.get().and_then(|layout| layout.upper(mount));
-            match upper {
-                Some(upper) => changes::serve(upper, stream).await,
-                None => {
-                    let message = format!("mount {mount} is not copy-on-write");
-                    reply_once(&mut stream, &Change::Failed { message }).await
+            let frozen = match programs {
+                Programs::End => {
+                    shutdown::end_programs(std::time::Duration::from_millis(500)).await;
+                    None
                 }
-            }
+                Programs::Freeze => {
+                    let layout = layout.clone();
+                    spawn_blocking(move || Frozen::freeze(&layout.cgroups)).await.ok().and_then(Result::ok)
+                }
+            };
+            let result = tree::send_layer(upper, stream).await;
+            drop(frozen);
+            result
         }
+        Request::CopyOut { path } => match agent.layout.get() {
+            Some(_) => tree::send_copy(path.into_vec(), stream).await,
+            None => reply_once(&mut stream, &Entry::Failed { message: NOT_CONFIGURED.into() }).await,
+        },
+        Request::CopyIn { path, name, user } => match agent.layout.get() {
+            Some(_) => copy::receive(path.into_vec(), name.into_vec(), user, stream).await,
+            None => reply_once(&mut stream, &Reply::Failed { message: NOT_CONFIGURED.into() }).await,
+        },
         Request::Shutdown { grace_ms } => {
             shutdown::end_programs(std::time::Duration::from_millis(u64::from(grace_ms))).await;
             // Writing back may need the host's file servers, so not on this thread.

@@ -25,8 +25,11 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, mkdirat, openat2};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
 
+use crate::exec::cgroup;
 use crate::{fuse, system};
 
+/// Name of the cgroup of all programs.
+const PROGRAMS: &str = "programs";
 const NEW_ROOT: &str = "/root-to-be";
 const WRITABLE: &str = "/writable";
 /// Nothing that Docker's overlays do not do either: a directory's rename is `EXDEV`, and upper layers need no index.
@@ -36,8 +39,10 @@ const OVERLAY_OPTIONS: &str = "redirect_dir=off,metacopy=off,index=off";
 pub(crate) struct Layout {
     /// Upper directories of the copy-on-write mounts, by the mounts' index.
     uppers: Vec<Option<Arc<OwnedFd>>>,
-    /// The cgroup hierarchy.
+    /// The cgroup of all programs.
     pub cgroups: OwnedFd,
+    /// Most processes and threads of one program with all it starts.
+    pub process_limit: u32,
     /// The kernel's `/proc`, reached without a path lookup in the root.
     pub proc: OwnedFd,
 }
@@ -75,12 +80,20 @@ pub(crate) fn configure(wish: &Configure, file_systems: &BTreeSet<String>) -> Re
     make_standard_directories(&root, matches!(wish.root, Root::FileSystem { .. }))?;
     // Before the mounts: a project may lie below it, as removable disks do.
     mount_run(&root)?;
+    if wish.read_only {
+        mount_temporary(&root)?;
+    }
     let mut uppers = Vec::new();
     for (index, mount) in wish.mounts.iter().enumerate() {
         uppers.push(place(&root, index, mount, &served(&mount.tag)?)?);
     }
     mount_system(&root)?;
-    let layout = Layout { uppers, cgroups: mount_cgroups(&root)?, proc: open_directory("/proc")? };
+    let layout = Layout {
+        uppers,
+        cgroups: mount_cgroups(&root)?,
+        process_limit: wish.process_limit,
+        proc: open_directory("/proc")?,
+    };
     switch_root()?;
     identify(wish)?;
     for directory in &wish.directories {
@@ -88,6 +101,9 @@ pub(crate) fn configure(wish: &Configure, file_systems: &BTreeSet<String>) -> Re
     }
     for file in &wish.files {
         write_file(&path_of(&file.path)?, file.mode, &file.content)?;
+    }
+    if wish.read_only {
+        seal()?;
     }
     Ok(layout)
 }
@@ -142,12 +158,16 @@ fn find_disk(serial: &str) -> Option<PathBuf> {
 fn overlay(lower: &Path, name: &str, target: &Path, mode: u32, owner: (u32, u32)) -> Result<OwnedFd, String> {
     let upper = format!("{WRITABLE}/{name}/upper");
     let work = format!("{WRITABLE}/{name}/work");
-    for directory in [&format!("{WRITABLE}/{name}"), &upper, &work] {
-        make_directory(directory, 0o755)?;
+    // A sandbox that was stopped brings its layer back with all that was done to it.
+    if !Path::new(&upper).exists() {
+        for directory in [&format!("{WRITABLE}/{name}"), &upper, &work] {
+            make_directory(directory, 0o755)?;
+        }
+        fs::set_permissions(&upper, Permissions::from_mode(mode))
+            .map_err(say("prepare the writable layer"))?;
+        std::os::unix::fs::chown(&upper, Some(owner.0), Some(owner.1))
+            .map_err(say("prepare the writable layer"))?;
     }
-    fs::set_permissions(&upper, Permissions::from_mode(mode)).map_err(say("prepare the writable layer"))?;
-    std::os::unix::fs::chown(&upper, Some(owner.0), Some(owner.1))
-        .map_err(say("prepare the writable layer"))?;
     let options = format!("lowerdir={},upperdir={upper},workdir={work},{OVERLAY_OPTIONS}", lower.display());
     let options = CString::new(options).map_err(say("mount an overlay"))?;
     mount("overlay", target, "overlay", MountFlags::empty(), &*options)
@@ -258,8 +278,16 @@ fn mount_cgroups(root: &OwnedFd) -> Result<OwnedFd, String> {
     mount("cgroup2", &path, "cgroup2", flags, None).map_err(say("mount the cgroups"))?;
     let cgroups = make_path(root, Path::new("/sys/fs/cgroup"))?;
     // Reopened, for a descriptor of the directory below the mount would not see it.
-    rustix::fs::openat(&cgroups, ".", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .map_err(say("reach the cgroups"))
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let cgroups =
+        rustix::fs::openat(&cgroups, ".", flags, Mode::empty()).map_err(say("reach the cgroups"))?;
+    mkdirat(&cgroups, PROGRAMS, Mode::from_raw_mode(0o755)).map_err(say("make the programs' cgroup"))?;
+    let programs =
+        rustix::fs::openat(&cgroups, PROGRAMS, flags, Mode::empty()).map_err(say("reach the cgroups"))?;
+    for group in [&cgroups, &programs] {
+        cgroup::write(group, "cgroup.subtree_control", "+pids").map_err(say("bound the programs' number"))?;
+    }
+    Ok(programs)
 }
 
 /// Makes the new root the root of all threads.
@@ -268,6 +296,24 @@ fn switch_root() -> Result<(), String> {
     mount_move(".", "/").map_err(say("switch to the new root"))?;
     rustix::process::chroot(".").map_err(say("switch to the new root"))?;
     std::env::set_current_dir("/").map_err(say("enter the new root"))
+}
+
+/// Places in memory for what is temporary, where nothing else can be written.
+fn mount_temporary(root: &OwnedFd) -> Result<(), String> {
+    for path in ["/tmp", "/var/tmp"] {
+        let target = make_path(root, Path::new(path))?;
+        let target = format!("/proc/self/fd/{}", target.as_raw_fd());
+        let flags = MountFlags::NOSUID | MountFlags::NODEV;
+        mount("temporary", &target, "tmpfs", flags, c"mode=1777,size=50%")
+            .map_err(say(format!("mount {path}")))?;
+    }
+    Ok(())
+}
+
+/// Makes the root read-only.
+fn seal() -> Result<(), String> {
+    rustix::mount::mount_remount("/", MountFlags::RDONLY | MountFlags::BIND, c"")
+        .map_err(say("make the root read-only"))
 }
 
 fn identify(wish: &Configure) -> Result<(), String> {

@@ -5,6 +5,7 @@
 //!                                      ├─► configure      root file system, mounts, identity; once
 //!                                      ├─► exec           programs, each in a cgroup of its own
 //!                                      ├─► changes        upper layers listed
+//!                                      ├─► copies         trees sent and received
 //!                                      └─► shutdown
 //! ```
 //! One thread drives the port and all streams. INVARIANT: that thread never touches a path that may lie on a served file
@@ -15,13 +16,14 @@
 
 mod agent;
 mod boot;
-mod changes;
 mod configure;
+mod copy;
 mod exec;
 mod fuse;
 mod port;
 mod shutdown;
 mod system;
+mod tree;
 mod user;
 
 use std::process::ExitCode;

@@ -1,11 +1,9 @@
 //! The guest's console: always drained, so that a guest that shouts never stalls its machine, and kept in bounds.
 //!
-//! The first 64 KiB tell how the start went, the last 192 KiB how it ended; what lies between is dropped. A log file, if
-//! there is one, is held to the same size.
+//! The first 64 KiB tell how the start went, the last 192 KiB how it ended; what lies between is dropped. Whoever wants
+//! all of it is handed every byte.
 
 use std::collections::VecDeque;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
@@ -19,24 +17,26 @@ const EXPLAIN_LINES: usize = 200;
 const LINE_SHOWN: usize = 240;
 
 /// What the guest wrote so far.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Console {
     head: Vec<u8>,
     tail: VecDeque<u8>,
     dropped: u64,
-    log: Option<Log>,
+    log: Option<ConsoleLog>,
 }
 
-#[derive(Debug)]
-struct Log {
-    file: File,
-    /// Bytes in the file.
-    length: usize,
+/// Takes every byte the guest writes to its console. Called on the runtime's thread: it must not wait for long.
+pub type ConsoleLog = Box<dyn FnMut(&[u8]) + Send>;
+
+impl std::fmt::Debug for Console {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Console").field("dropped", &self.dropped).finish_non_exhaustive()
+    }
 }
 
 impl Console {
-    pub(crate) fn new(log: Option<File>) -> Self {
-        Self { log: log.map(|file| Log { file, length: 0 }), ..Self::default() }
+    pub(crate) fn new(log: Option<ConsoleLog>) -> Self {
+        Self { log, ..Self::default() }
     }
 
     /// Takes in what the guest wrote.
@@ -48,7 +48,7 @@ impl Console {
         self.tail.drain(..excess.min(self.tail.len()));
         self.tail.extend(&rest[rest.len().saturating_sub(TAIL)..]);
         if let Some(log) = &mut self.log {
-            log.append(bytes, &self.tail);
+            log(bytes);
         }
     }
 
@@ -70,26 +70,6 @@ impl Console {
     /// Whether the guest's kernel has panicked.
     pub(crate) fn has_panicked(&self) -> bool {
         String::from_utf8_lossy(&self.text()).lines().any(|line| line.contains(PANIC))
-    }
-}
-
-impl Log {
-    /// A log that cannot be written (a full disk) is no reason to disturb the machine.
-    fn append(&mut self, bytes: &[u8], tail: &VecDeque<u8>) {
-        if self.length + bytes.len() <= HEAD + TAIL {
-            if self.file.write_all_at(bytes, self.length as u64).is_ok() {
-                self.length += bytes.len();
-            }
-            return;
-        }
-        // Keep half of the tail, so that the file is rewritten once in 96 KiB and not at every line.
-        let kept: Vec<u8> = tail.iter().skip(tail.len().saturating_sub(TAIL / 2)).copied().collect();
-        let note = b"\n[output left out]\n";
-        let rewritten = [note.as_slice(), &kept].concat();
-        self.length = HEAD;
-        if self.file.set_len(HEAD as u64).is_ok() && self.file.write_all_at(&rewritten, HEAD as u64).is_ok() {
-            self.length += rewritten.len();
-        }
     }
 }
 
@@ -146,8 +126,11 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(32))]
         #[test]
         fn it_stays_in_bounds_and_keeps_both_ends(pushes in prop::collection::vec((any::<u8>(), 1..70_000_usize), 1..20)) {
-            let file = tempfile::tempfile().expect("a file");
-            let mut console = Console::new(Some(file.try_clone().expect("a handle")));
+            let logged = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+            let log = logged.clone();
+            let mut console = Console::new(Some(Box::new(move |bytes: &[u8]| {
+                log.lock().expect("the log").extend_from_slice(bytes);
+            })));
             let mut whole = Vec::new();
             for (byte, count) in pushes {
                 console.push(&vec![byte; count]);
@@ -160,7 +143,7 @@ mod tests {
             if whole.len() <= HEAD + TAIL {
                 prop_assert_eq!(&kept, &whole);
             }
-            prop_assert!(file.metadata().expect("metadata").len() as usize <= HEAD + TAIL);
+            prop_assert_eq!(&*logged.lock().expect("the log"), &whole);
         }
     }
 }

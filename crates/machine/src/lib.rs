@@ -23,4 +23,4 @@ mod machine;
 pub mod qemu;
 
 pub use accelerator::Accelerator;
-pub use machine::{Capabilities, Exit, ExitReason, Machine, MachineError, Metrics, Work};
+pub use machine::{Capabilities, Exit, ExitReason, Machine, MachineError, Metrics, Work, process_metrics};

@@ -37,6 +37,9 @@ pub trait Machine: Send + Sync {
     /// Ends the machine at once, as if its power was cut.
     fn kill(&self);
 
+    /// Process id of the machine on the host.
+    fn process(&self) -> u32;
+
     /// What the machine takes from the host now.
     ///
     /// # Errors
@@ -74,6 +77,22 @@ pub struct Metrics {
     pub resident_bytes: u64,
     /// Processor time its process has used since it was started.
     pub cpu_time: Duration,
+}
+
+/// What the process `pid` takes from the host now; `None` if there is none.
+#[must_use]
+pub fn process_metrics(pid: u32) -> Option<Metrics> {
+    let memory = std::fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+    let pages: u64 = memory.split(' ').nth(1)?.parse().ok()?;
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name may hold spaces and brackets; the fields after it do not.
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
+    let ticks = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
+    let per_second = rustix::param::clock_ticks_per_second().max(1);
+    Some(Metrics {
+        resident_bytes: pages * rustix::param::page_size() as u64,
+        cpu_time: Duration::from_millis(ticks * 1000 / per_second),
+    })
 }
 
 /// How a machine ended.

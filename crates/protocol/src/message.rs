@@ -5,7 +5,8 @@
 //! | [`Request::FileSystem`] | FUSE replies, one a frame | FUSE requests, one a frame |
 //! | [`Request::Configure`] | nothing | one [`Reply`] |
 //! | [`Request::Exec`] | [`ExecInput`] | [`ExecOutput`], the last one `Exited` or `Failed` |
-//! | [`Request::Changes`] | nothing | [`Change`], the last one `End` or `Failed` |
+//! | [`Request::Changes`], [`Request::CopyOut`] | nothing | [`Entry`], the last one `End` or `Failed` |
+//! | [`Request::CopyIn`] | [`Entry`], the last one `End` | one [`Reply`], as soon as it fails or is done |
 //! | [`Request::Shutdown`] | nothing | one [`Reply`], then the machine ends |
 
 use serde::{Deserialize, Serialize};
@@ -45,16 +46,42 @@ pub enum Request {
     Configure(Box<Configure>),
     /// Run a program.
     Exec(Box<Exec>),
-    /// End all processes and list what was changed in the copy-on-write mount with this index in [`Configure::mounts`].
+    /// List what was changed in the copy-on-write mount with this index in [`Configure::mounts`].
     Changes {
         /// Index in [`Configure::mounts`].
         mount: u32,
+        /// What keeps programs from changing what is being listed.
+        programs: Programs,
+    },
+    /// Send a file or a directory with all that is in it. The first entry, with an empty path, is the thing itself;
+    /// symbolic links are sent, not followed, but for the last name of a `path` that ends in `/`.
+    CopyOut {
+        /// Absolute path, looked up as the guest's programs would.
+        path: ByteBuf,
+    },
+    /// Write what is sent: to `path`/`name` if `path` is a directory, else to `path`, whose parent must exist.
+    CopyIn {
+        /// Absolute path, looked up as the guest's programs would.
+        path: ByteBuf,
+        /// Name inside an existing directory; empty to put what the sent directory holds into the directory `path`.
+        name: ByteBuf,
+        /// Owner of what is made, as [`Exec::user`].
+        user: String,
     },
     /// End all processes, write everything to the disks, end the machine.
     Shutdown {
         /// Time between SIGTERM and SIGKILL, milliseconds.
         grace_ms: u32,
     },
+}
+
+/// What becomes of the programs while their changes are listed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Programs {
+    /// All processes are ended first.
+    End,
+    /// They stand still meanwhile and go on afterwards.
+    Freeze,
 }
 
 /// Answer to requests that have a single one.
@@ -84,6 +111,10 @@ pub struct Configure {
     pub root: Root,
     /// Where writes go.
     pub writable: Writable,
+    /// Nothing of the root can be changed once it is assembled; `/tmp` and `/var/tmp` are in memory then.
+    pub read_only: bool,
+    /// Most processes and threads of one [`Exec`] with all it starts.
+    pub process_limit: u32,
     /// Mounts above the root, in this order.
     pub mounts: Vec<Mount>,
     /// Directories to make, with their missing parents (0755, root), after the mounts; an existing one is kept.
@@ -264,26 +295,26 @@ pub enum ExecFailure {
     Other,
 }
 
-/// One entry of a copy-on-write mount's upper layer. Parents come before children.
+/// One entry of a tree: of a copy-on-write mount's upper layer, or of what is copied. Parents come before children.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Change {
-    /// The path of the lower layer is gone.
+pub enum Entry {
+    /// The path of the lower layer is gone; only in a layer.
     Removed {
-        /// Relative to the mount.
+        /// Relative to the tree.
         path: ByteBuf,
     },
     /// A directory exists here, new or changed.
     Directory {
-        /// Relative to the mount.
+        /// Relative to the tree.
         path: ByteBuf,
         /// Permission bits.
         mode: u32,
-        /// Nothing of the lower layer shows through.
+        /// Nothing of the lower layer shows through; only in a layer.
         opaque: bool,
     },
-    /// A regular file; [`Change::Data`] with `size` bytes in all follow.
+    /// A regular file; [`Entry::Data`] with `size` bytes in all follow.
     File {
-        /// Relative to the mount.
+        /// Relative to the tree.
         path: ByteBuf,
         /// Permission bits.
         mode: u32,
@@ -296,14 +327,14 @@ pub enum Change {
     Data(ByteBuf),
     /// A symbolic link.
     Symlink {
-        /// Relative to the mount.
+        /// Relative to the tree.
         path: ByteBuf,
         /// Where it points, as stored.
         target: ByteBuf,
     },
     /// A device node, FIFO or socket, which never leaves the guest.
     Special {
-        /// Relative to the mount.
+        /// Relative to the tree.
         path: ByteBuf,
     },
     /// That was all.

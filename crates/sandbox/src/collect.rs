@@ -3,30 +3,37 @@
 use std::path::Path;
 
 use agentkernel_protocol::frame;
-use agentkernel_protocol::message::{Change, Request};
+use agentkernel_protocol::message::{Entry, Programs, Request};
 use agentkernel_protocol::mux::{Opener, Stream};
 
-use crate::exports::{Exports, workspace_export};
-use crate::problem::{Problem, plain, problem};
-use crate::project::Workspace;
+use crate::exports::{Exports, workspace_export, workspace_mount};
+use crate::problem::{Problem, io, plain, problem};
+use crate::project::WorkspaceMode;
 use crate::spec::Spec;
+use crate::state::random_word;
 use crate::workspace::{ChangeLimits, ChangeRecorder, ChangeSet, Origin, RecordError, UpperEntry};
 
 /// Where a sandbox's change set lies in its directory.
 pub(crate) const DIRECTORY: &str = "changes";
+/// Begins the names of sets that are being recorded, or were just replaced.
+const PASSING: &str = "changes.";
 
 /// Longest silence of a guest that lists its changes.
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
 
-/// Records what the guest lists for mount number `mount`; returns the number of changed paths.
+/// Records what the guest lists for its workspace; returns the number of changed paths.
 pub(crate) async fn changes(
     opener: &Opener,
-    mount: u32,
+    programs: Programs,
     spec: &Spec,
-    workspace: &Workspace,
     directory: &Path,
     exports: &Exports,
 ) -> Result<u64, Problem> {
+    let workspace = spec.workspace.as_ref().filter(|workspace| workspace.mode == WorkspaceMode::Cow);
+    let Some((workspace, mount)) = workspace.zip(workspace_mount(spec)) else {
+        let hint = Some("changes of a workspace in mode rw are on the host already");
+        return Err(plain("no-workspace", "this sandbox has no copy-on-write workspace", hint));
+    };
     let wire = |error: &dyn std::error::Error| problem("changes", error, None);
     let bases = exports.bases.clone();
     let view = workspace_export(workspace, bases.clone())?;
@@ -38,22 +45,45 @@ pub(crate) async fn changes(
         visible: Box::new(move |path| view.visible(&root.join(path))),
     };
     let limits = ChangeLimits::for_disk(spec.disk_mib << 20);
-    let recorder =
-        ChangeRecorder::new(&directory.join(DIRECTORY), origin, limits).map_err(|error| refused(&error))?;
+    tidy(directory);
+    let fresh = directory.join(format!("{PASSING}{}", random_word()));
+    let recorder = ChangeRecorder::new(&fresh, origin, limits).map_err(|error| refused(&error))?;
     let mut stream = opener.open().await.map_err(|error| wire(&error))?;
-    frame::write(&mut stream, &Request::Changes { mount }).await.map_err(|error| wire(&error))?;
+    frame::write(&mut stream, &Request::Changes { mount, programs }).await.map_err(|error| wire(&error))?;
     let set = record(recorder, &mut stream).await?;
-    Ok(set.entries().len() as u64)
+    let paths = set.entries().len() as u64;
+    // Whoever still applies the former set has it open, and takes nothing from this one.
+    let (current, former) =
+        (directory.join(DIRECTORY), directory.join(format!("{PASSING}{}", random_word())));
+    let replace = || {
+        match std::fs::rename(&current, &former) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        std::fs::rename(&fresh, &current)
+    };
+    replace().map_err(io(format!("keep the changes in {}", current.display())))?;
+    tidy(directory);
+    Ok(paths)
+}
+
+/// Removes sets that were replaced or never finished.
+pub(crate) fn tidy(directory: &Path) {
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        if entry.file_name().as_encoded_bytes().starts_with(PASSING.as_bytes()) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 async fn record(mut recorder: ChangeRecorder, stream: &mut Stream) -> Result<ChangeSet, Problem> {
     let mut open = false;
     loop {
-        let change: Change = tokio::time::timeout(PATIENCE, frame::read(stream))
+        let change: Entry = tokio::time::timeout(PATIENCE, frame::read(stream))
             .await
             .map_err(|_| plain("changes", "the guest stopped listing its changes", None))?
             .map_err(|error| problem("changes", &error, None))?;
-        if let Change::Data(bytes) = &change {
+        if let Entry::Data(bytes) = &change {
             recorder.data(bytes).map_err(|error| refused(&error))?;
             continue;
         }
@@ -61,18 +91,18 @@ async fn record(mut recorder: ChangeRecorder, stream: &mut Stream) -> Result<Cha
             recorder.end_entry().map_err(|error| refused(&error))?;
         }
         let (path, entry) = match change {
-            Change::Removed { path } => (path, UpperEntry::Removed),
-            Change::Directory { path, mode, opaque } => (path, UpperEntry::Directory { mode, opaque }),
-            Change::File { path, mode, size, modified_ns } => {
+            Entry::Removed { path } => (path, UpperEntry::Removed),
+            Entry::Directory { path, mode, opaque } => (path, UpperEntry::Directory { mode, opaque }),
+            Entry::File { path, mode, size, modified_ns } => {
                 (path, UpperEntry::File { mode, size, modified_ns })
             }
-            Change::Symlink { path, target } => (path, UpperEntry::Symlink { target: target.into_vec() }),
-            Change::Special { path } => (path, UpperEntry::Special),
-            Change::End => return recorder.finish().map_err(|error| refused(&error)),
-            Change::Failed { message } => {
+            Entry::Symlink { path, target } => (path, UpperEntry::Symlink { target: target.into_vec() }),
+            Entry::Special { path } => (path, UpperEntry::Special),
+            Entry::End => return recorder.finish().map_err(|error| refused(&error)),
+            Entry::Failed { message } => {
                 return Err(plain("changes", format!("the guest cannot list its changes: {message}"), None));
             }
-            Change::Data(_) => continue,
+            Entry::Data(_) => continue,
         };
         recorder.begin_entry(&path, entry).map_err(|error| refused(&error))?;
         open = true;

@@ -3,16 +3,46 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use agentkernel_protocol::message::{Mount, MountMode};
+use serde_bytes::ByteBuf;
+
 use crate::files::{Access, Export, ExportError, FileServer, HostImageOptions};
-use crate::problem::{Problem, problem};
+use crate::problem::{Problem, io, problem};
 use crate::project::{Workspace, WorkspaceMode};
-use crate::spec::{Image, Spec};
+use crate::spec::{Image, MountSource, Spec};
+use crate::state::SandboxDirectory;
 use crate::workspace::{BaseTable, guarded};
+
+/// The mounts of a sandbox, outer directories before what is mounted in them.
+pub(crate) fn mounts(spec: &Spec) -> Vec<Mount> {
+    let path = |path: &Path| ByteBuf::from(path.as_os_str().as_encoded_bytes());
+    let workspace = spec.workspace.iter().map(|workspace| {
+        let mode = match workspace.mode {
+            WorkspaceMode::Cow => MountMode::CopyOnWrite,
+            WorkspaceMode::Rw => MountMode::ReadWrite,
+            WorkspaceMode::Ro | WorkspaceMode::None => MountMode::ReadOnly,
+        };
+        (&workspace.root, Exports::WORKSPACE.to_owned(), mode)
+    });
+    let others = spec.mounts.iter().enumerate().map(|(index, mount)| {
+        let mode = if mount.read_only { MountMode::ReadOnly } else { MountMode::ReadWrite };
+        (&mount.target, Exports::mount_tag(index), mode)
+    });
+    let mut mounts: Vec<_> = workspace.chain(others).collect();
+    mounts.sort_by_key(|(target, _, _)| target.components().count());
+    mounts.into_iter().map(|(target, tag, mode)| Mount { tag, target: path(target), mode }).collect()
+}
+
+/// Index of the workspace among [`mounts`].
+pub(crate) fn workspace_mount(spec: &Spec) -> Option<u32> {
+    let index = mounts(spec).iter().position(|mount| mount.tag == Exports::WORKSPACE)?;
+    u32::try_from(index).ok()
+}
 
 /// One served file system.
 pub(crate) struct Served {
     /// Name by which the guest mounts it.
-    pub tag: &'static str,
+    pub tag: String,
     /// No write may reach the host.
     pub read_only: bool,
     /// What answers the guest.
@@ -34,10 +64,15 @@ impl Exports {
     /// Tag of the workspace.
     pub(crate) const WORKSPACE: &'static str = "workspace";
 
-    /// Opens everything `spec` shares.
-    pub(crate) fn open(spec: &Spec) -> Result<Self, Problem> {
-        let mut exports =
-            Self { served: Vec::new(), read: Vec::new(), write: Vec::new(), bases: Arc::default() };
+    /// Tag of mount number `index` of the spec.
+    pub(crate) fn mount_tag(index: usize) -> String {
+        format!("mount-{index}")
+    }
+
+    /// Opens everything `spec` shares with the sandbox in `directory`.
+    pub(crate) fn open(spec: &Spec, directory: &SandboxDirectory) -> Result<Self, Problem> {
+        let bases = Arc::new(open_bases(directory.path())?);
+        let mut exports = Self { served: Vec::new(), read: Vec::new(), write: Vec::new(), bases };
         if let Image::Host { toolchains, .. } = &spec.image {
             let export = host_image(toolchains)?;
             exports
@@ -52,10 +87,37 @@ impl Exports {
             if writable { &mut exports.write } else { &mut exports.read }.push(workspace.root.clone());
             exports.add(Self::WORKSPACE, !writable, export);
         }
+        let state = directory.home().path();
+        for (index, mount) in spec.mounts.iter().enumerate() {
+            let (root, export) = match &mount.source {
+                MountSource::Host(root) => {
+                    // What could run on the host by itself is guarded as in a workspace.
+                    let access = access(mount.read_only, |path| guarded(path).is_some());
+                    (root.clone(), Export::directory(root, access, state))
+                }
+                MountSource::Volume(name) => {
+                    let root = directory.home().volume(name)?;
+                    let access = access(mount.read_only, |_| false);
+                    let export = Export::directory(&root, access, Path::new(""));
+                    (root, export)
+                }
+                MountSource::Home(root) => {
+                    let toolchains = match &spec.image {
+                        Image::Host { toolchains, .. } => toolchains.as_slice(),
+                        Image::Disk { .. } => &[],
+                    };
+                    (root.clone(), Export::home(root, toolchains))
+                }
+            };
+            let export = export.map_err(|error| refused(&error))?;
+            if mount.read_only { &mut exports.read } else { &mut exports.write }.push(root);
+            exports.add(&Self::mount_tag(index), mount.read_only, export);
+        }
         Ok(exports)
     }
 
-    fn add(&mut self, tag: &'static str, read_only: bool, export: Export) {
+    fn add(&mut self, tag: &str, read_only: bool, export: Export) {
+        let tag = tag.to_owned();
         self.served.push(Served { tag, read_only, server: Arc::new(FileServer::new(export)) });
     }
 
@@ -72,6 +134,16 @@ impl Exports {
     pub(crate) fn write_roots(&self) -> Vec<PathBuf> {
         self.write.clone()
     }
+}
+
+fn access(read_only: bool, guard: fn(&Path) -> bool) -> Access {
+    if read_only { Access::ReadOnly } else { Access::ReadWrite { guard } }
+}
+
+/// What the workspace's paths were when the guest first saw them, kept over stop and start.
+pub(crate) fn open_bases(directory: &Path) -> Result<BaseTable, Problem> {
+    let path = directory.join("bases");
+    BaseTable::open(&path).map_err(io(format!("read {}", path.display())))
 }
 
 /// The host's own toolchain.

@@ -1,15 +1,21 @@
 //! From what was asked for to a [`Spec`] and the defaults of programs run in it.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::configuration::{CommandPolicy, Profile};
+use crate::deadline::unix_ms;
 use crate::exports;
 use crate::problem::{Problem, plain, problem};
 use crate::project::{Workspace, WorkspaceMode};
-use crate::spec::{HostUser, Image, Spec, check_name, new_uuid};
+use crate::spec::{
+    Defaults, HostMount, HostUser, Image, MountSource, Spec, SpecFile, check_name, fresh_machine_id,
+    new_uuid, set,
+};
 use crate::state::{Home, random_word};
+use crate::text::Text;
 use crate::workspace::{ChangeSet, ChangeSetError, LastChanges};
 use crate::{disk, files, setup};
 
@@ -17,6 +23,8 @@ use crate::{disk, files, setup};
 const DEFAULT_VCPUS_LIMIT: usize = 4;
 /// What a Debian kernel needs to boot, with something left for a program, MiB.
 const SMALLEST_MEMORY_MIB: u64 = 128;
+/// Most mounts of a sandbox: each is a file system that is served.
+const MOUNTS_LIMIT: usize = 32;
 /// `PATH` of images that set none, as Docker has it.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -29,6 +37,8 @@ pub struct Request {
     pub image: Option<String>,
     /// The shared project.
     pub workspace: Option<Workspace>,
+    /// Other shared directories.
+    pub mounts: Vec<HostMount>,
     /// Where the command was typed.
     pub current_directory: PathBuf,
     /// Virtual processors.
@@ -37,27 +47,37 @@ pub struct Request {
     pub memory_mib: u64,
     /// Writable layer, MiB.
     pub disk_mib: u64,
+    /// Settings that hold where nothing else was said.
+    pub profile: Profile,
+    /// Nothing of the root file system can be changed.
+    pub read_only_root: bool,
+    /// Refuse to run without hardware virtualisation.
+    pub require_hardware: bool,
+    /// Variables for every program.
+    pub environment: Vec<(OsString, OsString)>,
+    /// Working directory in the guest, in place of the image's.
+    pub directory: Option<PathBuf>,
+    /// User in the guest, in place of the image's.
+    pub guest_user: Option<String>,
+    /// Which programs may be run.
+    pub commands: CommandPolicy,
+    /// Files for the guest.
+    pub files: Vec<SpecFile>,
+    /// A shell script run once, when the sandbox is created.
+    pub init_script: Option<String>,
+    /// Words of the user's own.
+    pub labels: BTreeMap<String, String>,
     /// Who asks.
     pub user: HostUser,
     /// The host's `PATH`.
     pub path_variable: OsString,
-    /// This program.
-    pub program: PathBuf,
 }
 
-/// What will be started, and how programs run in it unless they are told otherwise.
+/// What will be started.
 #[derive(Clone, Debug)]
 pub struct Launch {
     /// The sandbox.
     pub spec: Spec,
-    /// Words before the command's own: the image's ENTRYPOINT.
-    pub entrypoint: Vec<OsString>,
-    /// Environment.
-    pub environment: Vec<(OsString, OsString)>,
-    /// Working directory.
-    pub directory: PathBuf,
-    /// User, as in a Dockerfile's `USER`.
-    pub user: String,
     /// One line for people: what was chosen, and how to choose otherwise.
     pub description: String,
 }
@@ -76,42 +96,101 @@ pub fn settle(home: &Home, request: Request, progress: &mut dyn FnMut(&str)) -> 
             format!("{} MiB of memory are too little for the guest's kernel to start", request.memory_mib);
         return Err(plain("memory-size", message, Some("give it at least --memory 128M")));
     }
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let uuid = new_uuid(u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
+    if request.require_hardware
+        && let Some(reason) = setup::emulated()
+    {
+        return Err(plain(
+            "no-hardware",
+            format!("hardware virtualisation is required and not to be had here: {reason}"),
+            Some("agentkernel doctor; or leave require_hardware out"),
+        ));
+    }
+    let created_unix_ms = unix_ms();
     let name = request.name.clone().unwrap_or_else(|| format!("run-{}", &random_word()[..8]));
     check_name(&name)?;
+    check_mounts(home, &request)?;
     setup::ensure_kernel(home, progress)?;
-    let (image, defaults) = match request.image.as_deref() {
+    let (image, mut defaults) = match request.image.as_deref() {
         None | Some("host") => host(&request)?,
         Some(reference) => oci(home, reference, &request, progress)?,
     };
+    for (name, value) in &request.environment {
+        set(&mut defaults.environment, name, value);
+    }
+    if let Some(directory) = &request.directory {
+        defaults.directory.clone_from(directory);
+    }
+    if let Some(user) = &request.guest_user {
+        defaults.user.clone_from(user);
+    }
     let host_vcpus = std::thread::available_parallelism().map_or(1, usize::from).min(DEFAULT_VCPUS_LIMIT);
     let spec = Spec {
         name,
-        uuid,
+        uuid: new_uuid(created_unix_ms),
+        created_unix_ms,
         image,
         vcpus: request.vcpus.unwrap_or(host_vcpus as u32),
         memory_mib: request.memory_mib,
         disk_mib: request.disk_mib,
-        workspace: request.workspace.clone(),
-        program: request.program,
+        read_only_root: request.read_only_root,
+        require_hardware: request.require_hardware,
+        profile: request.profile,
+        workspace: request.workspace,
+        mounts: request.mounts,
+        defaults,
+        commands: request.commands,
+        files: request.files,
+        init_script: request.init_script,
+        labels: request.labels,
+        machine_id: fresh_machine_id(),
     };
     let description = describe(&spec);
-    Ok(Launch {
-        spec,
-        entrypoint: defaults.entrypoint,
-        environment: defaults.environment,
-        directory: defaults.directory,
-        user: defaults.user,
-        description,
-    })
+    Ok(Launch { spec, description })
 }
 
-struct Defaults {
-    entrypoint: Vec<OsString>,
-    environment: Vec<(OsString, OsString)>,
-    directory: PathBuf,
-    user: String,
+/// Mounts that would hand the guest more than was meant, or that cannot be.
+fn check_mounts(home: &Home, request: &Request) -> Result<(), Problem> {
+    if request.mounts.len() > MOUNTS_LIMIT {
+        let message =
+            format!("{} mounts are more than the {MOUNTS_LIMIT} a sandbox may have", request.mounts.len());
+        return Err(plain("mounts", message, None));
+    }
+    let mut targets = std::collections::BTreeSet::new();
+    targets.extend(request.workspace.as_ref().map(|workspace| workspace.root.clone()));
+    for mount in &request.mounts {
+        let target = mount.target.display();
+        let normal =
+            mount.target.components().skip(1).all(|part| matches!(part, std::path::Component::Normal(_)));
+        const OURS: [&str; 5] = ["/", "/proc", "/sys", "/dev", "/run"];
+        if !mount.target.is_absolute() || !normal || OURS.iter().any(|ours| mount.target == Path::new(ours)) {
+            let hint = Some("give an absolute directory such as /data");
+            return Err(plain("mount-target", format!("nothing can be mounted at {target}"), hint));
+        }
+        if !targets.insert(mount.target.clone()) {
+            return Err(plain(
+                "mount-target",
+                format!("two directories are to be mounted at {target}"),
+                None,
+            ));
+        }
+        match &mount.source {
+            MountSource::Host(path) if path.starts_with(home.path()) => {
+                let message = format!("{} belongs to agentkernel's own state", path.display());
+                return Err(plain(
+                    "mount-source",
+                    message,
+                    Some("a named volume is given by its name alone"),
+                ));
+            }
+            MountSource::Host(path) if !path.is_dir() => {
+                let message = format!("{} is not a directory", path.display());
+                return Err(plain("mount-source", message, Some("make it, or mount the directory it is in")));
+            }
+            MountSource::Volume(name) => drop(home.create_volume(name)?),
+            MountSource::Host(_) | MountSource::Home(_) => {}
+        }
+    }
+    Ok(())
 }
 
 /// The host's own toolchain: its user, its `PATH` as far as the guest can see it.
@@ -137,7 +216,7 @@ fn host(request: &Request) -> Result<(Image, Defaults), Problem> {
     ];
     let defaults = Defaults {
         entrypoint: Vec::new(),
-        environment: environment.into_iter().map(|(name, value)| (name.into(), value)).collect(),
+        environment: environment.iter().map(|(name, value)| (Text::from(*name), Text::from(value))).collect(),
         directory: workspace_directory(request).unwrap_or_else(|| user.home.clone()),
         user: format!("{}:{}", user.uid, user.gid),
     };
@@ -153,19 +232,14 @@ fn oci(
 ) -> Result<(Image, Defaults), Problem> {
     let image = setup::prepare_image(home, reference, progress)?;
     let config = &image.config;
-    let mut environment: Vec<(OsString, OsString)> = config
-        .env
-        .iter()
-        .filter_map(|assignment| assignment.split_once('='))
-        .map(|(name, value)| (name.into(), value.into()))
-        .collect();
-    if !environment.iter().any(|(name, _)| name == "PATH") {
-        environment.push(("PATH".into(), DEFAULT_PATH.into()));
+    let mut environment = vec![(Text::from("PATH"), Text::from(DEFAULT_PATH))];
+    for (name, value) in config.env.iter().filter_map(|assignment| assignment.split_once('=')) {
+        set(&mut environment, name.as_ref(), value.as_ref());
     }
     let directory = config.working_dir.as_deref().filter(|directory| !matches!(*directory, "" | "/"));
     let directory = directory.map(PathBuf::from).or_else(|| workspace_directory(request));
     let defaults = Defaults {
-        entrypoint: config.entrypoint.iter().map(OsString::from).collect(),
+        entrypoint: config.entrypoint.iter().map(Text::from).collect(),
         environment,
         directory: directory.unwrap_or_else(|| PathBuf::from("/")),
         user: config.user.clone().unwrap_or_default(),
@@ -200,20 +274,30 @@ fn describe(spec: &Spec) -> String {
     text
 }
 
-/// Makes a finished sandbox's change set the last one. A set without changes leaves the former last one in place.
-///
-/// The set was written by the supervisor, which is confined because it faces the guest: it has no say in which directory
-/// the changes are for.
+/// Loads a change set that a supervisor wrote. The supervisor is confined because it faces the guest: it has no say in
+/// which directory the changes are for.
 ///
 /// # Errors
-/// If the set cannot be read or moved.
-pub fn keep_last(home: &Home, change_set: &Path, workspace: &Path) -> Result<ChangeSet, Problem> {
-    let refused = |error: ChangeSetError| problem("changes", &error, error.hint().map(str::to_owned));
+/// If the set cannot be read or is for another directory.
+pub(crate) fn checked_set(change_set: &Path, workspace: &Path) -> Result<ChangeSet, Problem> {
     let real = std::fs::symlink_metadata(change_set).is_ok_and(|metadata| metadata.is_dir());
     let set = ChangeSet::load(change_set).map_err(refused)?;
     if !real || set.workspace() != workspace {
         return Err(plain("changes", "the recorded changes are not for this sandbox's workspace", None));
     }
+    Ok(set)
+}
+
+fn refused(error: ChangeSetError) -> Problem {
+    problem("changes", &error, error.hint().map(str::to_owned))
+}
+
+/// Makes a finished sandbox's change set the last one. A set without changes leaves the former last one in place.
+///
+/// # Errors
+/// If the set cannot be read or moved.
+pub fn keep_last(home: &Home, change_set: &Path, workspace: &Path) -> Result<ChangeSet, Problem> {
+    let set = checked_set(change_set, workspace)?;
     if set.is_empty() {
         return Ok(set);
     }

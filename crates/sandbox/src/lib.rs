@@ -12,16 +12,25 @@
 pub mod client;
 mod collect;
 pub mod configuration;
+pub mod copy;
+pub mod deadline;
 mod disk;
+pub mod executions;
 mod exports;
 pub mod files;
+pub mod inspect;
 pub mod launch;
+pub mod lifecycle;
 mod problem;
 pub mod project;
+pub mod record;
+pub mod review;
 pub mod setup;
 pub mod spec;
 pub mod state;
 pub mod supervisor;
+mod text;
+pub mod volumes;
 pub mod workspace;
 
 /// The hidden verb that becomes a machine's process.
@@ -29,4 +38,5 @@ pub mod jail {
     pub use agentkernel_machine::jail::{VERB, main};
 }
 
-pub use problem::{Problem, io, os, plain, problem};
+pub use problem::{Problem, io, os, plain, printable, problem};
+pub use text::Text;

@@ -45,3 +45,8 @@ pub fn io(what: impl std::fmt::Display) -> impl FnOnce(std::io::Error) -> Proble
 pub fn os(what: impl std::fmt::Display) -> impl FnOnce(rustix::io::Errno) -> Problem {
     move |error| io(what)(error.into())
 }
+
+/// Words of strangers, short and without what a terminal would act upon.
+pub fn printable(text: &str) -> String {
+    text.chars().filter(|character| !character.is_control()).take(200).collect()
+}

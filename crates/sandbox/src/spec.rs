@@ -1,22 +1,32 @@
-//! What a sandbox was asked to be: plain data, kept in its directory, read by its supervisor.
+//! What a sandbox was asked to be: plain data, kept in its directory, read by its supervisor at every start.
 
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use agentkernel_protocol::message::{Directory, File};
+use agentkernel_protocol::message::{Directory, Exec, File};
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
-use crate::problem::{Problem, io, plain};
+use crate::configuration::{CommandPolicy, Profile};
+use crate::problem::{Problem, io, os, plain};
 use crate::project::Workspace;
-use crate::state::{SandboxDirectory, fill_random, random_word, write_atomically};
+use crate::state::{fill_random, random_word, write_atomically};
+use crate::text::Text;
+
+const FILE_NAME: &str = "spec.json";
 
 /// Everything a supervisor needs to know.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spec {
     /// Name, also the host name in the guest.
     pub name: String,
-    /// UUID version 7, which tells the time of creation.
+    /// UUID version 7.
     pub uuid: String,
+    /// When it was created, milliseconds since the epoch.
+    pub created_unix_ms: u64,
     /// Where the root file system comes from.
     pub image: Image,
     /// Virtual processors.
@@ -25,10 +35,99 @@ pub struct Spec {
     pub memory_mib: u64,
     /// Size of the writable layer, MiB; sparse.
     pub disk_mib: u64,
+    /// Nothing of the root file system can be changed.
+    pub read_only_root: bool,
+    /// Refuse to run without hardware virtualisation.
+    pub require_hardware: bool,
+    /// The profile whose settings hold where nothing else was said.
+    pub profile: Profile,
     /// The shared project.
     pub workspace: Option<Workspace>,
-    /// Path of the program whose hidden verbs start supervisors and jails.
-    pub program: PathBuf,
+    /// Other shared directories.
+    pub mounts: Vec<HostMount>,
+    /// How programs run unless they are told otherwise.
+    pub defaults: Defaults,
+    /// Which programs may be run.
+    pub commands: CommandPolicy,
+    /// Files of the configuration, written before the first program runs.
+    pub files: Vec<SpecFile>,
+    /// A shell script run once, when the sandbox is created.
+    pub init_script: Option<String>,
+    /// Words of the user's own.
+    pub labels: BTreeMap<String, String>,
+    /// Content of `/etc/machine-id`.
+    pub machine_id: String,
+}
+
+/// How programs run unless they are told otherwise.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Defaults {
+    /// Words before those of `run`'s own: the image's ENTRYPOINT.
+    pub entrypoint: Vec<Text>,
+    /// Environment.
+    pub environment: Vec<(Text, Text)>,
+    /// Working directory.
+    pub directory: PathBuf,
+    /// User, as in a Dockerfile's `USER`.
+    pub user: String,
+}
+
+impl Defaults {
+    /// A program as the guest is told to run it; `environment` is added to the defaults'.
+    pub fn exec(&self, arguments: &[OsString], environment: &[(OsString, OsString)]) -> Exec {
+        let mut variables = self.environment.clone();
+        for (name, value) in environment {
+            set(&mut variables, name, value);
+        }
+        Exec {
+            arguments: arguments.iter().map(|word| Text::from(word).bytes()).collect(),
+            environment: variables.iter().map(|(name, value)| (name.bytes(), value.bytes())).collect(),
+            directory: Text::from(&self.directory).bytes(),
+            user: self.user.clone(),
+            terminal: None,
+            timeout_ms: None,
+        }
+    }
+}
+
+/// Sets a variable, in place of a former value.
+pub(crate) fn set(environment: &mut Vec<(Text, Text)>, name: &OsStr, value: &OsStr) {
+    environment.retain(|(existing, _)| existing.0 != name);
+    environment.push((Text::from(name), Text::from(value)));
+}
+
+/// A directory of the host, or a volume, in the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostMount {
+    /// What is mounted.
+    pub source: MountSource,
+    /// Where, absolute.
+    pub target: PathBuf,
+    /// Writes are refused.
+    pub read_only: bool,
+}
+
+/// What is mounted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MountSource {
+    /// A directory the user named.
+    Host(PathBuf),
+    /// A named volume.
+    Volume(String),
+    /// The user's home directory, without what looks like a credential.
+    Home(PathBuf),
+}
+
+/// A file for the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpecFile {
+    /// Absolute path in the guest.
+    pub path: PathBuf,
+    /// Permission bits.
+    pub mode: u32,
+    /// The whole content.
+    pub content: ByteBuf,
 }
 
 /// Where the root file system comes from.
@@ -63,13 +162,42 @@ pub struct HostUser {
     pub home: PathBuf,
 }
 
+/// Largest file that is put into a guest by its configuration, bytes: it is kept in the spec.
+const FILE_LIMIT: u64 = 1 << 20;
+
+impl SpecFile {
+    /// Reads `source` from beneath `directory` for the guest's `path`. The project is a stranger's: nothing outside of it
+    /// is read, whatever its symbolic links say.
+    ///
+    /// # Errors
+    /// If it is no regular file of at most 1 MiB beneath the directory.
+    pub fn read(directory: &Path, source: &Path, path: &Path, mode: u32) -> Result<Self, Problem> {
+        let what = || format!("read {}", directory.join(source).display());
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let root =
+            rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+                .map_err(os(what()))?;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+        let file = openat2(&root, source, flags, Mode::empty(), resolve).map_err(os(what()))?;
+        let file = std::fs::File::from(file);
+        let metadata = file.metadata().map_err(io(what()))?;
+        if !metadata.is_file() || metadata.len() > FILE_LIMIT {
+            let message = format!("{} is no regular file of at most 1 MiB", directory.join(source).display());
+            return Err(plain("files", message, Some("mount a directory with -v for more than that")));
+        }
+        let mut content = Vec::new();
+        file.take(FILE_LIMIT).read_to_end(&mut content).map_err(io(what()))?;
+        Ok(Self { path: path.to_owned(), mode, content: ByteBuf::from(content) })
+    }
+}
+
 impl Spec {
     /// Writes the spec into its sandbox's directory.
     ///
     /// # Errors
     /// If the disk is full or read-only.
-    pub fn save(&self, directory: &SandboxDirectory) -> Result<(), Problem> {
-        let path = directory.path().join("spec.json");
+    pub fn save(&self, directory: &Path) -> Result<(), Problem> {
+        let path = directory.join(FILE_NAME);
         let text = serde_json::to_vec_pretty(self).map_err(|error| plain("spec", error.to_string(), None))?;
         write_atomically(&path, &text).map_err(io(format!("write {}", path.display())))
     }
@@ -79,7 +207,7 @@ impl Spec {
     /// # Errors
     /// If it is missing or no spec.
     pub fn load(directory: &Path) -> Result<Self, Problem> {
-        let path = directory.join("spec.json");
+        let path = directory.join(FILE_NAME);
         let text = std::fs::read(&path).map_err(io(format!("read {}", path.display())))?;
         serde_json::from_slice(&text)
             .map_err(|error| plain("spec", format!("{} is damaged: {error}", path.display()), None))
@@ -88,6 +216,10 @@ impl Spec {
     /// Directories the guest must have besides what its image and mounts bring.
     pub fn directories(&self) -> Vec<Directory> {
         match &self.image {
+            // A home that is shared is there already, and is the host's.
+            Image::Host { user, .. } if self.mounts.iter().any(|mount| mount.target == user.home) => {
+                Vec::new()
+            }
             Image::Host { user, .. } => {
                 let path = ByteBuf::from(user.home.as_os_str().as_encoded_bytes());
                 vec![Directory { path, mode: 0o700, uid: user.uid, gid: user.gid }]
@@ -97,7 +229,7 @@ impl Spec {
     }
 
     /// Files of `/etc` that are ours whatever the image holds.
-    pub fn files(&self) -> Vec<File> {
+    pub fn identity_files(&self) -> Vec<File> {
         let file = |path: &str, content: String| File {
             path: ByteBuf::from(path),
             mode: 0o644,
@@ -113,6 +245,11 @@ impl Spec {
             ),
             file("/etc/resolv.conf", "# this sandbox has no network\n".into()),
         ]
+    }
+
+    /// Most processes and threads of one program with all it starts: what the guest's memory can hold, about.
+    pub fn process_limit(&self) -> u32 {
+        u32::try_from(self.memory_mib.saturating_mul(2)).unwrap_or(u32::MAX).clamp(256, 32_000)
     }
 }
 

@@ -1,10 +1,11 @@
-//! The state directory: what lies where, who holds it, and how the dead are swept away.
+//! The state directory: what lies where, who holds it, and how what the dead left is put right.
 //!
 //! ```text
 //! ~/.agentkernel              0700; AGENTKERNEL_HOME names another
-//! ├── version                 layout version, written once
+//! ├── version                 layout version
 //! ├── cache/                  kernel, initramfs, empty disks, root file systems: all can be made again
 //! ├── last/                   change set of the last `run`
+//! ├── volumes/NAME/           named volumes: plain directories
 //! ├── sandboxes/              one directory a sandbox, see below
 //! │   └── .lock               held shared while a sandbox is being made, exclusively while the dead are swept
 //! └── trash/                  directories being removed
@@ -12,25 +13,56 @@
 //! sandboxes/NAME
 //! ├── lock                    flock held by the supervisor and the machine's process: held means alive
 //! ├── spec.json               what was asked for
+//! ├── deadline.json           when its time to live is up, if it has one; `reaper` is held by who waits for that
+//! ├── temporary               there in a sandbox of `run`: dead, it is nobody's
+//! ├── live.json               what the supervisor says of itself while it lives
+//! ├── control.sock            where clients talk to the supervisor
 //! ├── disk.ext4               writable layer, sparse
-//! ├── console.log             what the guest's kernel printed, bounded
-//! └── control.sock            where clients talk to the supervisor
+//! ├── bases                   what the workspace's paths were when the guest first saw them
+//! ├── changes/                change set, while one is reviewed
+//! ├── record*, console*       what happened, bounded
+//! └── executions/ID/          detached programs: what they are, what they said, how they ended
 //! ```
-//! A sandbox directory is made under a temporary name with its lock already held, then renamed; it is removed by a
-//! rename into `trash/` first. So whoever lists `sandboxes/` sees whole sandboxes only, and one whose lock is free is
-//! dead: [`Home::sweep`] removes it.
+//! The states of a sandbox, and what tells them apart:
+//!
+//! ```text
+//!              create              start, exec...           guest configured
+//!   (nothing) ────────► stopped ──────────────► starting ────────────────► running ◄──► paused
+//!        ▲               ▲   ▲   lock is held       │                         │
+//!        │ rm, TTL       │   └──────────────────────┤ fails                   │ stop, TTL
+//!        └───────────────┤       live.json goes     ▼                         ▼
+//!                        │   lock is let go      stopping ◄───────────────────┘
+//!                        │                          │
+//!                        │ repair                   │ killed at any instant, machine died
+//!                        └────────── dead ◄─────────┘ lock is free and live.json is there
+//! ```
+//! A sandbox directory is made under a temporary name with its lock held, and renamed when it is whole; it is removed by
+//! a rename into `trash/` first. So whoever lists `sandboxes/` sees whole sandboxes only. One whose lock is free and that
+//! has a `live.json` died: any process may repair it, holding its lock meanwhile ([`SandboxDirectory::repair`]). One that
+//! was temporary is removed instead. The disk needs no repair of ours: its file system's journal does that at the next
+//! start.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
 
-use crate::problem::{Problem, io, plain};
+use crate::deadline::{self, Clocks};
+use crate::problem::{Problem, io, os, plain, printable};
+use crate::record::Record;
+use crate::spec::{Spec, check_name};
+use crate::supervisor::CONTROL_SOCKET;
 
-const LAYOUT_VERSION: &str = "1";
+/// The layout this program writes. Layout 1 had temporary sandboxes only: those are swept, and nothing else differs.
+const LAYOUT_VERSION: u32 = 2;
 const NEW_PREFIX: &str = ".new-";
+const LIVE: &str = "live.json";
+/// Name of the file that marks a sandbox of `run`.
+pub(crate) const TEMPORARY: &str = "temporary";
 
 /// The state directory.
 #[derive(Clone, Debug)]
@@ -55,7 +87,7 @@ impl Home {
             ));
         }
         let path = fs::canonicalize(path).map_err(io(what()))?;
-        for name in ["cache", "sandboxes", "trash"] {
+        for name in ["cache", "sandboxes", "trash", "volumes"] {
             make_directory(&path.join(name)).map_err(io(format!("make {}", path.join(name).display())))?;
         }
         let home = Self { path };
@@ -65,22 +97,28 @@ impl Home {
 
     fn check_version(&self) -> Result<(), Problem> {
         let file = self.path.join("version");
-        match fs::read_to_string(&file) {
-            Ok(version) if version.trim() == LAYOUT_VERSION => Ok(()),
-            Ok(version) => Err(plain(
+        let found = match fs::read_to_string(&file) {
+            Ok(text) => Some(text),
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            Err(error) => return Err(io(format!("read {}", file.display()))(error)),
+        };
+        match found.as_deref().map(|text| text.trim().parse::<u32>()) {
+            Some(Ok(LAYOUT_VERSION)) => Ok(()),
+            Some(Ok(version)) if version > LAYOUT_VERSION => Err(plain(
                 "state-version",
                 format!(
-                    "{} has layout {}, this program knows {LAYOUT_VERSION}",
+                    "{} has layout {version}, this program knows {LAYOUT_VERSION}: a newer agentkernel made it",
                     self.path.display(),
-                    version.trim()
                 ),
                 Some("upgrade agentkernel, or set AGENTKERNEL_HOME to another directory"),
             )),
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                write_atomically(&file, format!("{LAYOUT_VERSION}\n").as_bytes())
-                    .map_err(io(format!("write {}", file.display())))
-            }
-            Err(error) => Err(io(format!("read {}", file.display()))(error)),
+            Some(Err(_)) => Err(plain(
+                "state-version",
+                format!("{} does not hold a layout's number", file.display()),
+                Some("set AGENTKERNEL_HOME to another directory, or put the state directory right"),
+            )),
+            Some(Ok(_)) | None => write_atomically(&file, format!("{LAYOUT_VERSION}\n").as_bytes())
+                .map_err(io(format!("write {}", file.display()))),
         }
     }
 
@@ -112,51 +150,112 @@ impl Home {
             .map_err(io(format!("open {}", path.display())))
     }
 
-    /// Makes the directory of a sandbox called `name` with its lock held.
+    /// Makes the directory of a sandbox called `name` with its lock held. `fill` puts what belongs there into the
+    /// directory while it still has a temporary name.
     ///
     /// # Errors
-    /// Code `name-taken` if there is one already.
-    pub fn create_sandbox(&self, name: &str) -> Result<HeldSandbox, Problem> {
-        let creation = self.creation_lock()?;
-        rustix::fs::flock(&creation, FlockOperation::LockShared)
-            .map_err(crate::problem::os("lock the sandboxes"))?;
-        let draft = self.sandboxes().join(format!("{NEW_PREFIX}{}", random_word()));
+    /// Code `name-taken` if there is one already; those of `fill`.
+    pub fn create_sandbox(
+        &self,
+        name: &str,
+        fill: impl FnOnce(&Path) -> Result<(), Problem>,
+    ) -> Result<HeldSandbox, Problem> {
         let path = self.sandboxes().join(name);
+        let taken = || {
+            plain(
+                "name-taken",
+                format!("there is a sandbox called {name} already"),
+                Some("choose another with --name, or remove that one: agentkernel rm NAME"),
+            )
+        };
+        if path.exists() {
+            return Err(taken());
+        }
+        let creation = self.creation_lock()?;
+        rustix::fs::flock(&creation, FlockOperation::LockShared).map_err(os("lock the sandboxes"))?;
+        let draft = self.sandboxes().join(format!("{NEW_PREFIX}{}", random_word()));
         let make = || -> std::io::Result<File> {
             DirBuilder::new().mode(0o700).create(&draft)?;
             let lock = private_file().create_new(true).open(draft.join("lock"))?;
             rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
             Ok(lock)
         };
-        let lock = make().map_err(io(format!("make a sandbox in {}", self.sandboxes().display())))?;
-        let sandbox = SandboxDirectory { path: path.clone(), home: self.clone() };
-        match rustix::fs::renameat_with(
-            rustix::fs::CWD,
-            &draft,
-            rustix::fs::CWD,
-            &path,
-            rustix::fs::RenameFlags::NOREPLACE,
-        ) {
-            Ok(()) => Ok(sandbox.with_lock(lock)),
-            Err(error) => {
+        let made = make().map_err(io(format!("make a sandbox in {}", self.sandboxes().display())));
+        let made = made.and_then(|lock| fill(&draft).map(|()| lock)).and_then(|lock| {
+            let (cwd, flags) = (rustix::fs::CWD, rustix::fs::RenameFlags::NOREPLACE);
+            match rustix::fs::renameat_with(cwd, &draft, cwd, &path, flags) {
+                Ok(()) => Ok(lock),
+                Err(rustix::io::Errno::EXIST) => Err(taken()),
+                Err(error) => Err(os(format!("make {}", path.display()))(error)),
+            }
+        });
+        match made {
+            Ok(lock) => Ok(HeldSandbox { directory: SandboxDirectory { path, home: self.clone() }, lock }),
+            Err(problem) => {
                 let _ = fs::remove_dir_all(&draft);
-                if error == rustix::io::Errno::EXIST {
-                    return Err(plain(
-                        "name-taken",
-                        format!("there is a sandbox called {name} already"),
-                        Some("choose another name with --name"),
-                    ));
-                }
-                Err(crate::problem::os(format!("make {}", path.display()))(error))
+                Err(problem)
             }
         }
     }
 
-    /// Removes what dead processes left behind: temporary sandboxes nobody holds, half-made ones, trash.
+    /// All sandboxes, by name.
+    ///
+    /// # Errors
+    /// If the state directory cannot be read.
+    pub fn list(&self) -> Result<Vec<SandboxDirectory>, Problem> {
+        let what = || format!("list {}", self.sandboxes().display());
+        let mut names = Vec::new();
+        for entry in fs::read_dir(self.sandboxes()).map_err(io(what()))? {
+            let name = entry.map_err(io(what()))?.file_name();
+            if !name.as_encoded_bytes().starts_with(b".") {
+                names.push(name);
+            }
+        }
+        names.sort();
+        let directory = |name| SandboxDirectory { path: self.sandboxes().join(name), home: self.clone() };
+        Ok(names.into_iter().map(directory).collect())
+    }
+
+    /// The sandbox called `name`, or the one with that UUID.
+    ///
+    /// # Errors
+    /// Code `not-found`, with the names it might have meant.
+    pub fn find(&self, name: &str) -> Result<SandboxDirectory, Problem> {
+        if check_name(name).is_ok() {
+            let sandbox = SandboxDirectory { path: self.sandboxes().join(name), home: self.clone() };
+            if sandbox.path.is_dir() {
+                return Ok(sandbox);
+            }
+        }
+        let all = self.list()?;
+        if let Some(sandbox) = all.iter().find(|sandbox| {
+            name.len() == 36 && Spec::load(sandbox.path()).is_ok_and(|spec| spec.uuid == name)
+        }) {
+            return Ok(sandbox.clone());
+        }
+        let near =
+            all.iter().map(SandboxDirectory::name).map(|other| (strsim::jaro_winkler(name, &other), other));
+        let near =
+            near.filter(|(likeness, _)| *likeness > 0.75).max_by(|one, other| one.0.total_cmp(&other.0));
+        let hint = match near {
+            Some((_, near)) => format!("did you mean {near}?"),
+            None if all.is_empty() => "there are none yet: agentkernel create NAME".to_owned(),
+            None => "agentkernel list shows those there are".to_owned(),
+        };
+        Err(Problem {
+            code: "not-found".to_owned(),
+            message: format!("there is no sandbox called {}", printable(name)),
+            hint: Some(hint),
+        })
+    }
+
+    /// Puts right what dead processes left behind: removes temporary sandboxes nobody holds, half-made ones, those whose
+    /// time is up, and trash; repairs the others.
     ///
     /// Errors are not the caller's business: the next sweep tries again.
     pub fn sweep(&self) {
         self.sweep_trash();
+        let _ = crate::workspace::repair(&self.last());
         let _ = crate::workspace::LastChanges::new(&self.path).sweep();
         let Ok(entries) = fs::read_dir(self.sandboxes()) else { return };
         // INVARIANT: with the creation lock held exclusively no sandbox is being made, so what looks dead stays dead.
@@ -164,20 +263,28 @@ impl Home {
             .creation_lock()
             .ok()
             .filter(|lock| rustix::fs::flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok());
-        if creation.is_none() {
-            return;
-        }
         for entry in entries.flatten() {
             let name = entry.file_name();
-            let half_made = name.as_encoded_bytes().starts_with(NEW_PREFIX.as_bytes());
-            if name == ".lock" {
-                continue;
-            }
             let sandbox = SandboxDirectory { path: entry.path(), home: self.clone() };
-            if half_made || sandbox.is_dead() {
-                sandbox.remove();
+            if name.as_encoded_bytes().starts_with(NEW_PREFIX.as_bytes()) {
+                if creation.is_some() {
+                    sandbox.discard();
+                }
+            } else if !name.as_encoded_bytes().starts_with(b".") {
+                sandbox.repair();
             }
         }
+    }
+
+    /// Leftovers of interrupted work: half-made sandboxes and trash.
+    pub(crate) fn leftovers(&self) -> usize {
+        let count = |directory: &Path, prefix: &str| {
+            let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+            entries
+                .filter(|entry| entry.file_name().as_encoded_bytes().starts_with(prefix.as_bytes()))
+                .count()
+        };
+        count(&self.sandboxes(), NEW_PREFIX) + count(&self.path.join("trash"), "")
     }
 
     fn sweep_trash(&self) {
@@ -204,6 +311,50 @@ pub struct HeldSandbox {
     pub lock: File,
 }
 
+/// What a supervisor says of itself and its machine in `live.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Live {
+    /// Version of its control protocol.
+    pub protocol: u32,
+    /// Version of its program.
+    pub program: String,
+    /// What it is about.
+    pub phase: Phase,
+    /// Its process id.
+    pub supervisor: u32,
+    /// Process id of the machine, once there is one.
+    pub machine: Option<u32>,
+    /// How the machine's processors are run, once there is one.
+    pub accelerator: Option<String>,
+    /// When it was started, milliseconds since the epoch.
+    pub started_unix_ms: u64,
+}
+
+/// What a sandbox is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// The machine boots.
+    Starting,
+    /// Programs can run.
+    Running,
+    /// The machine is being ended.
+    Stopping,
+    /// No machine; everything else is there.
+    Stopped,
+}
+
+impl std::fmt::Display for Phase {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.pad(match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+        })
+    }
+}
+
 impl SandboxDirectory {
     /// Refers to the directory of an existing sandbox by its path.
     ///
@@ -217,13 +368,14 @@ impl SandboxDirectory {
         }
     }
 
-    fn with_lock(self, lock: File) -> HeldSandbox {
-        HeldSandbox { directory: self, lock }
-    }
-
     /// The directory itself.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The sandbox's name.
+    pub fn name(&self) -> String {
+        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
     /// The state directory it belongs to.
@@ -233,18 +385,168 @@ impl SandboxDirectory {
 
     /// True if nobody holds the sandbox.
     pub fn is_dead(&self) -> bool {
-        let lock = match OpenOptions::new().read(true).open(self.path.join("lock")) {
-            Ok(lock) => lock,
-            Err(error) => return error.kind() == ErrorKind::NotFound,
-        };
-        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
+        match File::open(self.path.join("lock")) {
+            Ok(lock) => rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared).is_ok(),
+            Err(error) => error.kind() == ErrorKind::NotFound,
+        }
     }
 
-    /// Removes the sandbox from sight at once, then from the disk.
-    pub fn remove(&self) {
+    /// What the supervisor says, if one lives. One that has just been started says nothing yet.
+    pub fn live(&self) -> Option<Live> {
+        if self.is_dead() { None } else { self.read_live() }
+    }
+
+    /// What the sandbox is about.
+    pub fn phase(&self) -> Phase {
+        match (self.is_dead(), self.read_live()) {
+            (true, _) => Phase::Stopped,
+            (false, Some(live)) => live.phase,
+            (false, None) => Phase::Starting,
+        }
+    }
+
+    fn read_live(&self) -> Option<Live> {
+        serde_json::from_slice(&fs::read(self.path.join(LIVE)).ok()?).ok()
+    }
+
+    /// Writes `live.json`.
+    ///
+    /// # Errors
+    /// If the disk is full or read-only.
+    pub fn write_live(&self, live: &Live) -> std::io::Result<()> {
+        // Not synced: after a crash of the host nobody lives.
+        let draft = self.path.join("live.json.new");
+        fs::write(&draft, serde_json::to_vec(live)?)?;
+        fs::rename(&draft, self.path.join(LIVE))
+    }
+
+    /// True for a sandbox of `run`.
+    pub fn is_temporary(&self) -> bool {
+        self.path.join(TEMPORARY).exists()
+    }
+
+    fn lock_file(&self) -> std::io::Result<File> {
+        OpenOptions::new().read(true).write(true).open(self.path.join("lock"))
+    }
+
+    /// Takes the sandbox if nobody holds it, after putting right what its last holder left; `None` if it is held.
+    ///
+    /// # Errors
+    /// If the lock cannot be opened; code `not-found` if the sandbox is gone.
+    pub fn hold(&self) -> Result<Option<HeldSandbox>, Problem> {
+        let lock = self.lock_file().map_err(|error| match error.kind() {
+            ErrorKind::NotFound => {
+                plain("not-found", format!("there is no sandbox called {}", self.name()), None)
+            }
+            _ => io(format!("lock {}", self.path.display()))(error),
+        })?;
+        if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Ok(None);
+        }
+        // The directory may have been removed, and another made, between opening and locking.
+        let same = |path: &Path| {
+            let (ours, theirs) = (lock.metadata().ok()?, fs::metadata(path).ok()?);
+            (ours.ino() == theirs.ino() && ours.dev() == theirs.dev()).then_some(())
+        };
+        if same(&self.path.join("lock")).is_none() {
+            return Err(plain("not-found", format!("there is no sandbox called {}", self.name()), None));
+        }
+        let held = HeldSandbox { directory: self.clone(), lock };
+        held.tidy();
+        Ok(Some(held))
+    }
+
+    /// As [`hold`](Self::hold), waiting a moment for a holder that is just letting go: processes between fork and exec
+    /// have copies of each other's locks.
+    ///
+    /// # Errors
+    /// As for [`hold`](Self::hold).
+    pub fn hold_soon(&self, patience: Duration) -> Result<Option<HeldSandbox>, Problem> {
+        let deadline = Instant::now() + patience;
+        loop {
+            match self.hold()? {
+                None if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(2)),
+                outcome => return Ok(outcome),
+            }
+        }
+    }
+
+    /// Whether its last holder died without putting the directory in order.
+    pub(crate) fn died(&self) -> bool {
+        self.path.join(LIVE).exists() && self.is_dead()
+    }
+
+    /// Puts right what a dead holder left; removes the sandbox if it was temporary or its time is up. Does nothing to
+    /// one that is held.
+    pub fn repair(&self) {
+        let (died, temporary) = (self.path.join(LIVE).exists(), self.is_temporary());
+        let expired = || deadline::read(&self.path).is_some_and(|deadline| deadline.is_over(&Clocks::now()));
+        let broken = !self.path.join("lock").exists();
+        if !(died || temporary || broken || expired()) {
+            return;
+        }
+        if broken {
+            // A removal from inside that was cut short.
+            self.discard();
+        } else if let Ok(Some(held)) = self.hold()
+            && (temporary || expired())
+        {
+            held.remove();
+        }
+    }
+
+    /// Removes the directory from sight at once, then from the disk. A confined supervisor, which must not reach the
+    /// trash, removes it where it is.
+    fn discard(&self) {
         let target = self.home.path.join("trash").join(random_word());
-        if fs::rename(&self.path, &target).is_ok() {
-            let _ = fs::remove_dir_all(&target);
+        match fs::rename(&self.path, &target) {
+            Ok(()) => drop(fs::remove_dir_all(&target)),
+            Err(_) => self.remove_in_place(),
+        }
+    }
+
+    /// Removes the directory's files, then the directory. Whatever fails is left to the next sweep.
+    pub(crate) fn remove_in_place(&self) {
+        let Ok(entries) = fs::read_dir(&self.path) else { return };
+        for entry in entries.flatten() {
+            // The lock goes last: as long as there is one, and held, nobody else touches the directory.
+            if entry.file_name() == "lock" {
+                continue;
+            }
+            let path = entry.path();
+            let removed = match entry.file_type() {
+                Ok(kind) if kind.is_dir() => fs::remove_dir_all(&path),
+                _ => fs::remove_file(&path),
+            };
+            if let Err(error) = removed {
+                tracing::warn!("cannot remove {}: {error}", path.display());
+            }
+        }
+        let _ = fs::remove_file(self.path.join("lock"));
+        if let Err(error) = fs::remove_dir(&self.path) {
+            tracing::warn!("cannot remove {}: {error}", self.path.display());
+        }
+    }
+}
+
+impl HeldSandbox {
+    /// Removes the sandbox from sight at once, then from the disk.
+    pub fn remove(self) {
+        self.directory.discard();
+    }
+
+    /// Puts right what a dead holder left.
+    fn tidy(&self) {
+        let directory = &self.directory;
+        for name in [CONTROL_SOCKET, "live.json.new"] {
+            let _ = fs::remove_file(directory.path.join(name));
+        }
+        let _ = crate::workspace::repair(&directory.path.join(crate::collect::DIRECTORY));
+        crate::collect::tidy(&directory.path);
+        if directory.path.join(LIVE).exists() {
+            crate::executions::mark_lost(&directory.path);
+            Record::open(&directory.path).say("repaired", "the sandbox had died without being stopped");
+            let _ = fs::remove_file(directory.path.join(LIVE));
         }
     }
 }

@@ -1,14 +1,13 @@
 //! `agentkernel benchmark`: one machine, its start, and one command many times in it.
 
-use std::os::unix::ffi::OsStrExt;
 use std::time::Instant;
 
 use agentkernel_protocol::message::Exec;
+use agentkernel_sandbox::client::Life;
 use agentkernel_sandbox::{Problem, plain, setup};
 use serde::Serialize;
-use serde_bytes::ByteBuf;
 
-use super::execute::{Captured, Ended, Sink, Source, execute};
+use super::execute::{Captured, Ended, Failure, Sink, Source, execute};
 use super::{block_on, launch as starting};
 use crate::arguments::BenchmarkArguments;
 use crate::{environment, ui};
@@ -25,6 +24,9 @@ struct Figures {
     runs_ms: Vec<f64>,
     first_ms: f64,
     median_ms: f64,
+    /// The same command on the agent's own stream, measured by the supervisor.
+    agent_ms: Vec<f64>,
+    agent_median_ms: f64,
     machine_rss_bytes: Option<u64>,
     supervisor_rss_bytes: Option<u64>,
 }
@@ -32,35 +34,29 @@ struct Figures {
 pub(super) fn benchmark(arguments: &BenchmarkArguments) -> Result<u8, Problem> {
     let home = environment::home()?;
     let launch = starting::settle(&home, &arguments.sandbox, arguments.json)?;
-    let exec = Exec {
-        arguments: arguments.command.iter().map(|word| ByteBuf::from(word.as_bytes())).collect(),
-        environment: launch
-            .environment
-            .iter()
-            .map(|(name, value)| (ByteBuf::from(name.as_bytes()), ByteBuf::from(value.as_bytes())))
-            .collect(),
-        directory: ByteBuf::from(launch.directory.as_os_str().as_bytes()),
-        user: launch.user.clone(),
-        terminal: None,
-        timeout_ms: Some(600_000),
-    };
+    let exec = Exec { timeout_ms: Some(600_000), ..launch.spec.defaults.exec(&arguments.command, &[]) };
     let figures = block_on(async {
         let begun = Instant::now();
-        let mut lease = starting::start(&home, &launch, arguments.json).await?;
+        let held = starting::create(&home, &launch, Life::Temporary, &arguments.sandbox)?;
+        let mut lease = starting::start(held, arguments.json).await?;
         let start_ms = milliseconds(begun);
         let mut runs_ms = Vec::new();
         for _ in 0..arguments.count {
             let begun = Instant::now();
             let mut captured = Captured::default();
-            let ended =
-                execute(&mut lease, exec.clone(), Source::Nothing, Sink::Capture(&mut captured)).await?;
+            let sink = Sink::Capture(&mut captured);
+            let ended = match execute(lease.sandbox(), exec.clone(), Source::Nothing, sink).await {
+                Ok(ended) => ended,
+                Err(Failure::Broken) => return Err(lease.failure().await),
+                Err(Failure::Problem(problem)) => return Err(problem),
+            };
             runs_ms.push(milliseconds(begun));
             check(&ended, &captured)?;
         }
+        let agent = lease.sandbox().measure(exec.clone(), arguments.count).await?;
+        let agent_ms: Vec<f64> = agent.into_iter().map(|time| time as f64 / 1e6).collect();
         let memory = lease.memory();
         lease.release();
-        let mut sorted = runs_ms.clone();
-        sorted.sort_by(f64::total_cmp);
         let installation = setup::installation(&home)?;
         Ok::<_, Problem>(Figures {
             accelerator: installation.accelerator,
@@ -70,8 +66,10 @@ pub(super) fn benchmark(arguments: &BenchmarkArguments) -> Result<u8, Problem> {
             start_ms,
             command: arguments.command.iter().map(|word| word.to_string_lossy().into_owned()).collect(),
             first_ms: runs_ms.first().copied().unwrap_or_default(),
-            median_ms: sorted.get(sorted.len() / 2).copied().unwrap_or_default(),
+            median_ms: median(&runs_ms),
+            agent_median_ms: median(&agent_ms),
             runs_ms,
+            agent_ms,
             machine_rss_bytes: memory.machine,
             supervisor_rss_bytes: memory.supervisor,
         })
@@ -105,4 +103,10 @@ fn check(ended: &Ended, captured: &Captured) -> Result<(), Problem> {
         _ => String::from_utf8_lossy(&captured.stderr).trim().to_owned(),
     };
     Err(plain("benchmark", format!("the command failed with {}: {said}", ended.code()), None))
+}
+
+fn median(figures: &[f64]) -> f64 {
+    let mut sorted = figures.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or_default()
 }

@@ -13,7 +13,8 @@ use agentkernel_protocol::frame::CHUNK;
 use agentkernel_protocol::message::{
     Exec, ExecFailure, ExecInput, ExecOutput, Exit, ExitStatus, STDIN_WINDOW,
 };
-use agentkernel_sandbox::client::{ExecutionInput, ExecutionOutput, Lease};
+use agentkernel_sandbox::client::{Execution, ExecutionInput, ExecutionOutput, Sandbox};
+use agentkernel_sandbox::executions::{exit_code, failure_code};
 use agentkernel_sandbox::{Problem, problem};
 use serde_bytes::ByteBuf;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -33,20 +34,26 @@ pub(super) enum Ended {
     Abandoned {
         signal: u8,
     },
+    /// The person at the terminal let go of it; it runs on.
+    Detached,
+}
+
+/// Why a program's end is not known.
+pub(super) enum Failure {
+    /// The stream to it broke: the sandbox died, or is dying.
+    Broken,
+    /// Something of our own.
+    Problem(Problem),
 }
 
 impl Ended {
     /// The exit code of `run`.
     pub(super) fn code(&self) -> u8 {
         match self {
-            Self::Exited(Exit { timed_out: true, .. }) => 124,
-            Self::Exited(Exit { status: ExitStatus::Code(code), .. }) => *code,
-            Self::Exited(Exit { status: ExitStatus::Signal(signal), .. }) | Self::Abandoned { signal } => {
-                128u8.saturating_add(*signal)
-            }
-            Self::NotStarted { kind: ExecFailure::NotFound, .. } => 127,
-            Self::NotStarted { kind: ExecFailure::NotExecutable, .. } => 126,
-            Self::NotStarted { .. } => 125,
+            Self::Exited(exit) => exit_code(exit),
+            Self::Abandoned { signal } => 128u8.saturating_add(*signal),
+            Self::NotStarted { kind, .. } => failure_code(*kind),
+            Self::Detached => 0,
         }
     }
 }
@@ -92,23 +99,57 @@ pub(super) enum Source {
 /// # Errors
 /// If the sandbox dies first.
 pub(super) async fn execute(
-    lease: &mut Lease,
+    sandbox: &Sandbox,
     exec: Exec,
     source: Source,
     sink: Sink<'_>,
-) -> Result<Ended, Problem> {
+) -> Result<Ended, Failure> {
     let interactive = exec.terminal.is_some() && terminal::is_interactive();
     // The guest ends the program in time; a guest that does not is ended with all it has.
     let limit = exec.timeout_ms.map(|timeout| Duration::from_millis(timeout) + TIMEOUT_GRACE);
-    let execution = lease.exec(exec).await?;
+    let execution = sandbox.exec(exec).await.map_err(Failure::Problem)?;
+    let streams = Streams { source, interactive, detach_keys: None, limit };
+    converse(execution, streams, sink).await
+}
+
+/// How a program is connected with this process.
+pub(super) struct Streams {
+    pub source: Source,
+    /// There is a person at a terminal.
+    pub interactive: bool,
+    /// Keys that let go of the program.
+    pub detach_keys: Option<Vec<u8>>,
+    /// Time after which it is given up.
+    pub limit: Option<Duration>,
+}
+
+/// Connects a program with this process's streams until it ends or is let go.
+///
+/// # Errors
+/// If the sandbox dies first.
+pub(super) async fn converse(
+    execution: Execution,
+    streams: Streams,
+    sink: Sink<'_>,
+) -> Result<Ended, Failure> {
+    let Streams { source, interactive, detach_keys, limit } = streams;
     let _raw = if interactive { RawMode::enter() } else { None };
     let (sender, receiver) = mpsc::channel(4);
     let input = tokio::spawn(send_inputs(execution.input, receiver));
     let window = Arc::new(Semaphore::new(STDIN_WINDOW));
-    let stdin = tokio::spawn(read_stdin(source, sender.clone(), window.clone()));
+    let detachable = detach_keys.is_some();
+    let keys = KeyFilter::new(detach_keys.unwrap_or_default());
+    let mut stdin = tokio::spawn(read_stdin(source, sender.clone(), window.clone(), keys));
+    let let_go = async {
+        match (&mut stdin).await {
+            Ok(StdinEnd::LetGo) => {}
+            _ => std::future::pending().await,
+        }
+    };
     let ended = tokio::select! {
         result = receive(execution.output, sink, &sender, &window) => result,
-        signal = watch_signals(&sender, interactive) => Ok(Ended::Abandoned { signal }),
+        signal = watch_signals(&sender, interactive, detachable) => Ok(Ended::Abandoned { signal }),
+        () = let_go => Ok(Ended::Detached),
         () = overdue(limit) => Ok(Ended::Exited(Exit {
             status: ExitStatus::Signal(9),
             timed_out: true,
@@ -119,9 +160,52 @@ pub(super) async fn execute(
     input.abort();
     match ended {
         Ok(ended) => Ok(ended),
-        Err(Broken::Stream) => Err(lease.failure().await),
-        Err(Broken::Output(error)) => Err(problem("output", &error, None)),
+        Err(Broken::Stream) => Err(Failure::Broken),
+        Err(Broken::Output(error)) => Err(Failure::Problem(problem("output", &error, None))),
     }
+}
+
+/// Finds the detach keys in what is typed. A part of them is held back until it is clear that they do not follow.
+struct KeyFilter {
+    keys: Vec<u8>,
+    matched: usize,
+}
+
+impl KeyFilter {
+    fn new(keys: Vec<u8>) -> Self {
+        Self { keys, matched: 0 }
+    }
+
+    /// What of `typed` goes to the program; `None` once the keys were typed.
+    fn pass(&mut self, typed: &[u8]) -> Option<Vec<u8>> {
+        if self.keys.is_empty() {
+            return Some(typed.to_vec());
+        }
+        let mut passed = Vec::with_capacity(typed.len() + self.matched);
+        for &byte in typed {
+            if byte != self.keys[self.matched] {
+                passed.extend_from_slice(&self.keys[..self.matched]);
+                self.matched = 0;
+            }
+            if byte == self.keys[self.matched] {
+                self.matched += 1;
+                if self.matched == self.keys.len() {
+                    return None;
+                }
+            } else {
+                passed.push(byte);
+            }
+        }
+        Some(passed)
+    }
+}
+
+/// Why standard input is not read any more.
+enum StdinEnd {
+    /// It has ended, or nobody takes it.
+    Over,
+    /// The detach keys were typed.
+    LetGo,
 }
 
 /// How much later than the guest the host ends a program whose time is up.
@@ -151,27 +235,34 @@ async fn send_inputs(mut input: ExecutionInput, mut inputs: mpsc::Receiver<ExecI
 }
 
 /// Sends standard input, never more of it than the guest has room for.
-async fn read_stdin(source: Source, inputs: mpsc::Sender<ExecInput>, window: Arc<Semaphore>) {
+async fn read_stdin(
+    source: Source,
+    inputs: mpsc::Sender<ExecInput>,
+    window: Arc<Semaphore>,
+    mut keys: KeyFilter,
+) -> StdinEnd {
     if source == Source::Nothing {
         let _ = inputs.send(ExecInput::StdinEnd).await;
-        return;
+        return StdinEnd::Over;
     }
     let mut stdin = tokio::io::stdin();
-    let mut buffer = vec![0; CHUNK];
+    // Room for held back keys besides.
+    let mut buffer = vec![0; CHUNK - 8];
     loop {
         // Room for a whole buffer first, the unused part back afterwards: what was read must not wait in here.
-        let Ok(room) = window.acquire_many(CHUNK as u32).await else { return };
+        let Ok(room) = window.acquire_many(CHUNK as u32).await else { return StdinEnd::Over };
         let message = match stdin.read(&mut buffer).await {
             Ok(0) | Err(_) => ExecInput::StdinEnd,
             Ok(count) => {
+                let Some(bytes) = keys.pass(&buffer[..count]) else { return StdinEnd::LetGo };
                 room.forget();
-                window.add_permits(CHUNK - count);
-                ExecInput::Stdin(ByteBuf::from(&buffer[..count]))
+                window.add_permits(CHUNK - bytes.len());
+                ExecInput::Stdin(ByteBuf::from(bytes))
             }
         };
         let last = message == ExecInput::StdinEnd;
         if inputs.send(message).await.is_err() || last {
-            return;
+            return StdinEnd::Over;
         }
     }
 }
@@ -237,8 +328,9 @@ async fn write<W: tokio::io::AsyncWrite + Unpin>(
     }
 }
 
-/// Passes signals on to the program. Returns the signal that makes this process leave at once: the second interrupt.
-async fn watch_signals(inputs: &mpsc::Sender<ExecInput>, interactive: bool) -> u8 {
+/// Passes signals on to the program. Returns the signal that makes this process leave at once: the second interrupt, or
+/// any if the program is to live on.
+async fn watch_signals(inputs: &mpsc::Sender<ExecInput>, interactive: bool, detachable: bool) -> u8 {
     const INTERRUPT: u8 = 2;
     const TERMINATE: u8 = 15;
     const HANGUP: u8 = 1;
@@ -260,7 +352,7 @@ async fn watch_signals(inputs: &mpsc::Sender<ExecInput>, interactive: bool) -> u
             }
         };
         // An input queue that is full means a program that reads nothing: then there is no gentle way.
-        if asked || inputs.try_send(ExecInput::Signal(i32::from(signal))).is_err() {
+        if asked || detachable || inputs.try_send(ExecInput::Signal(i32::from(signal))).is_err() {
             return signal;
         }
         asked = true;
@@ -282,5 +374,20 @@ impl Listener {
             }
             None => std::future::pending().await,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn detach_keys_are_found_across_reads_and_nothing_else_is_lost() {
+        let mut filter = KeyFilter::new(vec![16, 17]);
+        assert_eq!(filter.pass(b"ls\x10"), Some(b"ls".to_vec()));
+        assert_eq!(filter.pass(b"\x10x"), Some(b"\x10\x10x".to_vec()));
+        assert_eq!(filter.pass(b"\x11\x10"), Some(b"\x11".to_vec()));
+        assert_eq!(filter.pass(b"\x11rest"), None);
+        assert_eq!(KeyFilter::new(Vec::new()).pass(b"\x10\x11"), Some(b"\x10\x11".to_vec()));
     }
 }

@@ -1,29 +1,47 @@
-//! From the words of `run` to a sandbox that is ready, with a line about what was chosen.
+//! From the words of `run` and `create` to a sandbox: flags beat the configuration, which beats the profile.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
-use agentkernel_sandbox::client::Lease;
+use agentkernel_sandbox::client::{Lease, Life};
+use agentkernel_sandbox::configuration::{
+    Configuration, ConfigurationError, NetworkMode, Profile, environment::parse_file,
+};
+use agentkernel_sandbox::deadline::{Clocks, Deadline};
 use agentkernel_sandbox::launch::{Launch, Request};
-use agentkernel_sandbox::project::{self, Choice, WorkspaceMode};
-use agentkernel_sandbox::state::Home;
-use agentkernel_sandbox::{Problem, launch, plain};
+use agentkernel_sandbox::project::{self, CONFIGURATION_FILE, Choice, WorkspaceMode};
+use agentkernel_sandbox::spec::{HostMount, MountSource, SpecFile};
+use agentkernel_sandbox::state::{HeldSandbox, Home};
+use agentkernel_sandbox::{Problem, client, io, launch, lifecycle, plain, problem};
 
 use crate::arguments::{self, Network, SandboxArguments};
-use crate::{environment, ui};
+use crate::{environment, ui, values};
 
-/// Settles everything about the sandbox that `arguments` describe.
+/// Memory of a sandbox where nobody said another, MiB.
+const DEFAULT_MEMORY_MIB: u64 = 2048;
+/// Size of the writable layer where nobody said another, MiB.
+const DEFAULT_DISK_MIB: u64 = 10 << 10;
+/// Largest file of variables, bytes.
+const ENVIRONMENT_FILE_LIMIT: u64 = 1 << 20;
+
+/// Settles everything about the sandbox that `arguments` and the project's configuration describe.
 pub(super) fn settle(home: &Home, arguments: &SandboxArguments, quiet: bool) -> Result<Launch, Problem> {
-    if arguments.network == Network::Public {
-        let hint = "leave --network out: the sandbox then has no network";
-        return Err(plain("no-network", "this version has no network for sandboxes yet", Some(hint)));
-    }
     let user = environment::user()?;
     let current = environment::current_directory()?;
+    let (configuration, directory) = configuration(arguments.config.as_deref(), &current, &user.home)?;
+    if arguments.config.is_none() {
+        check_trust(arguments, &configuration)?;
+    }
+    let profile = arguments.profile.or(configuration.profile).unwrap_or(Profile::Moderate);
+    let settings = profile.settings();
+    check_network(arguments, &configuration)?;
     let mode = match arguments.workspace {
-        arguments::WorkspaceMode::Cow => WorkspaceMode::Cow,
-        arguments::WorkspaceMode::Rw => WorkspaceMode::Rw,
-        arguments::WorkspaceMode::Ro => WorkspaceMode::Ro,
-        arguments::WorkspaceMode::None => WorkspaceMode::None,
+        Some(arguments::WorkspaceMode::Cow) => WorkspaceMode::Cow,
+        Some(arguments::WorkspaceMode::Rw) => WorkspaceMode::Rw,
+        Some(arguments::WorkspaceMode::Ro) => WorkspaceMode::Ro,
+        Some(arguments::WorkspaceMode::None) => WorkspaceMode::None,
+        None => configuration.workspace_mode(profile),
     };
     let workspace = match project::choose(&current, &user.home, mode) {
         Choice::Workspace(workspace) => Some(workspace),
@@ -35,17 +53,54 @@ pub(super) fn settle(home: &Home, arguments: &SandboxArguments, quiet: bool) -> 
             None
         }
     };
+    let mut mounts = Vec::new();
+    if settings.home_readonly {
+        let (source, target) = (MountSource::Home(user.home.clone()), user.home.clone());
+        mounts.push(HostMount { source, target, read_only: true });
+    }
+    for mount in &arguments.volume {
+        mounts.push(host_mount(mount)?);
+    }
+    let mut variables: Vec<(OsString, OsString)> = Vec::new();
+    for name in settings.host_environment {
+        // The home, the user and the search path are those of the guest's own.
+        if !matches!(*name, "PATH" | "HOME" | "USER")
+            && let Some(value) = std::env::var_os(name)
+        {
+            variables.push((OsString::from(name), value));
+        }
+    }
+    variables.extend(configuration.environment.iter().map(|(name, value)| (name.into(), value.into())));
+    variables.extend(self::variables(&arguments.env_file, &arguments.env)?);
+    let files = configuration
+        .files
+        .iter()
+        .map(|file| SpecFile::read(&directory, &file.source, &file.destination, file.mode));
     let request = Request {
-        name: arguments.name.clone(),
-        image: arguments.image.clone(),
+        name: arguments.name.clone().or(configuration.name),
+        image: arguments.image.clone().or(configuration.image),
         workspace,
+        mounts,
         current_directory: current,
-        vcpus: arguments.vcpus,
-        memory_mib: arguments.memory,
-        disk_mib: arguments.disk,
+        vcpus: arguments.vcpus.or(configuration.vcpus),
+        memory_mib: arguments
+            .memory
+            .or(configuration.memory_mib)
+            .or(settings.memory_mib)
+            .unwrap_or(DEFAULT_MEMORY_MIB),
+        disk_mib: arguments.disk.or(configuration.disk_mib).unwrap_or(DEFAULT_DISK_MIB),
+        profile,
+        read_only_root: settings.read_only_root,
+        require_hardware: configuration.require_hardware,
+        environment: variables,
+        directory: arguments.workdir.clone(),
+        guest_user: arguments.user.clone(),
+        commands: configuration.commands,
+        files: files.collect::<Result<_, _>>()?,
+        init_script: configuration.init_script,
+        labels: arguments.label.iter().cloned().collect(),
         user,
         path_variable: std::env::var_os("PATH").unwrap_or_else(|| OsString::from("/usr/bin:/bin")),
-        program: environment::program()?,
     };
     home.sweep();
     let mut status = ui::Status::new(!quiet);
@@ -57,15 +112,146 @@ pub(super) fn settle(home: &Home, arguments: &SandboxArguments, quiet: bool) -> 
     Ok(launch)
 }
 
-/// Starts the sandbox.
-pub(super) async fn start(home: &Home, launch: &Launch, quiet: bool) -> Result<Lease, Problem> {
+/// The configuration that holds in `current`, and the directory it lies in: the one named, or the project's.
+fn configuration(
+    named: Option<&Path>,
+    current: &Path,
+    home: &Path,
+) -> Result<(Configuration, PathBuf), Problem> {
+    let path = match named {
+        Some(path) => Some(current.join(path)),
+        None => match project::choose(current, home, WorkspaceMode::Ro) {
+            Choice::Workspace(workspace) => {
+                Some(workspace.root.join(CONFIGURATION_FILE)).filter(|path| path.symlink_metadata().is_ok())
+            }
+            Choice::NotWanted | Choice::Unsuitable(_) => None,
+        },
+    };
+    let Some(path) = path else { return Ok((Configuration::default(), current.to_owned())) };
+    let configuration = Configuration::load(&path).map_err(|error: ConfigurationError| {
+        problem("configuration", &error, error.hint().map(str::to_owned))
+    })?;
+    let directory = path.parent().unwrap_or(current).to_owned();
+    Ok((configuration, directory))
+}
+
+/// A project's own file may be a stranger's: it tightens what it likes, but what it loosens must be asked for by the
+/// person at the keyboard.
+fn check_trust(arguments: &SandboxArguments, configuration: &Configuration) -> Result<(), Problem> {
+    let refuse = |what: &str, flag: &str| {
+        let hint = format!("if you trust this project: {flag}, or --config {CONFIGURATION_FILE}");
+        Err(plain("configuration", format!("{CONFIGURATION_FILE} asks for {what}"), Some(&hint)))
+    };
+    let permissive = arguments.profile.is_none() && configuration.profile == Some(Profile::Permissive);
+    let writes = arguments.workspace.is_none() && configuration.workspace == Some(WorkspaceMode::Rw);
+    match (permissive, writes) {
+        (true, _) => {
+            refuse("profile permissive: write to the project, read your home", "--profile permissive")
+        }
+        (_, true) => refuse("workspace rw: write to the project at once", "--workspace rw"),
+        (false, false) => Ok(()),
+    }
+}
+
+fn check_network(arguments: &SandboxArguments, configuration: &Configuration) -> Result<(), Problem> {
+    let wanted = match arguments.network {
+        Some(network) => network == Network::Public,
+        None => !arguments.no_network && configuration.network == Some(NetworkMode::Public),
+    };
+    if wanted {
+        let hint = "leave --network out: the sandbox then has no network";
+        return Err(plain("no-network", "this version has no network for sandboxes yet", Some(hint)));
+    }
+    Ok(())
+}
+
+/// A mount's source is a path if it has a slash or is `.`, `..` or `~`; else it names a volume.
+fn host_mount(mount: &values::Mount) -> Result<HostMount, Problem> {
+    let source = if mount.source.contains('/') || matches!(mount.source.as_str(), "." | ".." | "~") {
+        let path = match mount.source.strip_prefix('~') {
+            Some(rest) => environment::home_directory()?.join(rest.trim_start_matches('/')),
+            None => PathBuf::from(&mount.source),
+        };
+        let path = path.canonicalize().map_err(io(format!("mount {}", path.display())))?;
+        MountSource::Host(path)
+    } else {
+        MountSource::Volume(mount.source.clone())
+    };
+    Ok(HostMount { source, target: mount.target.clone(), read_only: mount.read_only })
+}
+
+/// Variables of files and flags, the flags' last.
+pub(super) fn variables(files: &[PathBuf], flags: &[OsString]) -> Result<Vec<(OsString, OsString)>, Problem> {
+    let mut variables = Vec::new();
+    let mut add = |name: &OsStr, value: Option<&OsStr>| match value {
+        Some(value) => variables.push((name.to_owned(), value.to_owned())),
+        None => variables.extend(std::env::var_os(name).map(|value| (name.to_owned(), value))),
+    };
+    for path in files {
+        let what = || format!("read the variables in {}", path.display());
+        let size = std::fs::metadata(path).map_err(io(what()))?.len();
+        if size > ENVIRONMENT_FILE_LIMIT {
+            return Err(plain("env-file", format!("{} is larger than 1 MiB", path.display()), None));
+        }
+        let text = std::fs::read_to_string(path).map_err(io(what()))?;
+        let parsed = parse_file(&text)
+            .map_err(|error| plain("env-file", format!("{}: {error}", path.display()), None))?;
+        for (name, value) in parsed {
+            add(name.as_ref(), value.as_ref().map(AsRef::as_ref));
+        }
+    }
+    for assignment in flags {
+        let bytes = assignment.as_bytes();
+        match bytes.iter().position(|byte| *byte == b'=') {
+            Some(0) => {
+                let message = format!("{} has no name before the =", assignment.display());
+                return Err(plain("usage", message, Some("write K=V, or K to take this shell's value")));
+            }
+            Some(at) => add(OsStr::from_bytes(&bytes[..at]), Some(OsStr::from_bytes(&bytes[at + 1..]))),
+            None => add(assignment, None),
+        }
+    }
+    Ok(variables)
+}
+
+/// Makes the sandbox's directory.
+pub(super) fn create(
+    home: &Home,
+    launch: &Launch,
+    life: Life,
+    arguments: &SandboxArguments,
+) -> Result<HeldSandbox, Problem> {
+    let deadline = arguments.ttl.map(|time| Deadline::after(time, &Clocks::now()));
+    client::create(home, &launch.spec, life, deadline.as_ref())
+}
+
+/// Starts a sandbox and runs its init script, if it has one that did not run yet.
+pub(super) async fn start(held: HeldSandbox, quiet: bool) -> Result<Lease, Problem> {
+    let program = environment::program()?;
     let mut status = ui::Status::new(!quiet);
-    let starting = Lease::start(home, &launch.spec);
-    tokio::pin!(starting);
-    loop {
-        tokio::select! {
-            result = &mut starting => return result,
-            () = tokio::time::sleep(std::time::Duration::from_millis(500)) => status.say("starting the machine ..."),
+    let lease = {
+        let starting = client::start(held, &program);
+        tokio::pin!(starting);
+        loop {
+            tokio::select! {
+                result = &mut starting => break result?,
+                () = tokio::time::sleep(std::time::Duration::from_millis(500)) => {
+                    status.say("starting the machine ...");
+                }
+            }
+        }
+    };
+    status.clear();
+    let said = &mut |bytes: &[u8]| {
+        if !quiet {
+            ui::raw(bytes);
+        }
+    };
+    match lifecycle::initialise(lease.sandbox(), said).await {
+        Ok(()) => Ok(lease),
+        Err(problem) => {
+            lease.release();
+            Err(problem)
         }
     }
 }

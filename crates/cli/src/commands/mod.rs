@@ -1,28 +1,39 @@
 //! One file a verb: takes its arguments, calls the engine, renders the outcome.
 
-mod apply;
 mod benchmark;
 mod completions;
+mod copy;
 mod doctor;
+mod exec;
 mod execute;
+mod init;
+mod inspect;
 pub(crate) mod internal;
 mod launch;
+mod lifecycle;
+mod outcome;
+mod review;
 mod run;
 mod setup;
+mod volume;
 
 use std::process::ExitCode;
 
 use agentkernel_sandbox::{Problem, plain};
 
-use crate::arguments::Verb;
+use crate::arguments::{SandboxVerb, Verb};
 use crate::ui;
 
 /// Runs a verb and turns its outcome into an exit code.
 pub(crate) fn dispatch(verb: Verb) -> ExitCode {
-    let own_failure = if matches!(verb, Verb::Run(_)) { ui::RUN_FAILED } else { 1 };
+    let own_failure = match &verb {
+        Verb::Sandbox(verb) | Verb::Group(verb) => own_failure(verb),
+        _ => 1,
+    };
     let outcome = match verb {
-        Verb::Run(arguments) => run::run(&arguments),
-        Verb::Apply(arguments) => apply::apply(&arguments),
+        Verb::Sandbox(verb) | Verb::Group(verb) => dispatch_sandbox(verb),
+        Verb::Volume(verb) => volume::volume(&verb),
+        Verb::Init(arguments) => init::init(&arguments),
         Verb::Setup(arguments) => setup::setup(&arguments),
         Verb::Doctor(arguments) => doctor::doctor(&arguments),
         Verb::Benchmark(arguments) => benchmark::benchmark(&arguments),
@@ -34,6 +45,38 @@ pub(crate) fn dispatch(verb: Verb) -> ExitCode {
             ui::error(&problem);
             ExitCode::from(own_failure)
         }
+    }
+}
+
+/// Exit code of a failure that is not the command's own.
+fn own_failure(verb: &SandboxVerb) -> u8 {
+    match verb {
+        SandboxVerb::Run(_) | SandboxVerb::Exec(_) | SandboxVerb::Attach(_) => ui::RUN_FAILED,
+        _ => 1,
+    }
+}
+
+fn dispatch_sandbox(verb: SandboxVerb) -> Result<u8, Problem> {
+    match verb {
+        SandboxVerb::Run(arguments) => run::run(&arguments),
+        SandboxVerb::Create(mut arguments) => lifecycle::create(&mut arguments),
+        SandboxVerb::Start(arguments) => lifecycle::start(&arguments),
+        SandboxVerb::Stop(arguments) => lifecycle::stop(&arguments),
+        SandboxVerb::Rm(arguments) => lifecycle::remove(&arguments),
+        SandboxVerb::List(arguments) => inspect::list(&arguments),
+        SandboxVerb::Info(arguments) => inspect::info(&arguments),
+        SandboxVerb::Stats(arguments) => inspect::stats(&arguments),
+        SandboxVerb::Exec(arguments) => exec::exec(&arguments),
+        SandboxVerb::Attach(arguments) => exec::attach(&arguments),
+        SandboxVerb::ExecList(arguments) => exec::list(&arguments),
+        SandboxVerb::ExecLogs(arguments) => exec::logs(&arguments),
+        SandboxVerb::ExecKill(arguments) => exec::kill(&arguments),
+        SandboxVerb::Logs(arguments) => inspect::logs(&arguments),
+        SandboxVerb::Cp(arguments) => copy::copy(&arguments),
+        SandboxVerb::Diff(arguments) => review::diff(&arguments),
+        SandboxVerb::Apply(arguments) => review::apply(&arguments),
+        SandboxVerb::Extend(arguments) => lifecycle::extend(&arguments),
+        SandboxVerb::Gc(arguments) => lifecycle::gc(&arguments),
     }
 }
 

@@ -1,39 +1,41 @@
 //! `agentkernel run`: a temporary sandbox, one command, and what became of the project.
 
-use std::ffi::{OsStr, OsString};
-use std::fmt::Write as _;
-use std::os::unix::ffi::OsStrExt;
-use std::time::{Duration, Instant};
+use std::ffi::OsString;
+use std::time::Instant;
 
-use agentkernel_protocol::message::{Exec, ExecFailure, Exit};
-use agentkernel_sandbox::client::{Finished, Lease};
+use agentkernel_protocol::message::Exec;
+use agentkernel_sandbox::client::{Finished, Lease, Life};
 use agentkernel_sandbox::launch::{self, Launch};
 use agentkernel_sandbox::project::WorkspaceMode;
+use agentkernel_sandbox::spec::Defaults;
 use agentkernel_sandbox::state::Home;
-use agentkernel_sandbox::workspace::{ApplyReport, ChangeSet, ChangeSummary};
-use agentkernel_sandbox::{Problem, plain};
-use serde::Serialize;
-use serde_bytes::ByteBuf;
+use agentkernel_sandbox::workspace::ChangeSet;
+use agentkernel_sandbox::{Problem, lifecycle, plain};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::execute::{Captured, Ended, Sink, Source, execute};
-use super::{apply, block_on, launch as starting};
-use crate::arguments::RunArguments;
+use super::execute::{Captured, Ended, Failure, Sink, Source, execute};
+use super::outcome::{Outcome, explain};
+use super::{block_on, launch as starting, review};
+use crate::arguments::{HowArguments, RunArguments};
 use crate::{environment, terminal, ui};
 
 pub(super) fn run(arguments: &RunArguments) -> Result<u8, Problem> {
     let home = environment::home()?;
-    let quiet = arguments.quiet || arguments.json;
-    if arguments.apply && arguments.sandbox.workspace != crate::arguments::WorkspaceMode::Cow {
-        let hint = "leave one of --apply and --workspace out";
+    let quiet = arguments.quiet || arguments.how.json;
+    let launch = starting::settle(&home, &arguments.sandbox, quiet)?;
+    let shared = launch.spec.workspace.as_ref();
+    if arguments.apply && shared.is_none_or(|workspace| workspace.mode != WorkspaceMode::Cow) {
+        let hint = "leave --apply out, or give the sandbox a workspace with --workspace cow";
         return Err(plain(
             "usage",
             "only the changes of a copy-on-write workspace can be applied",
             Some(hint),
         ));
     }
-    let launch = starting::settle(&home, &arguments.sandbox, quiet)?;
-    let exec = exec_of(arguments, &launch);
+    let mut words: Vec<OsString> =
+        launch.spec.defaults.entrypoint.iter().map(|word| word.0.clone()).collect();
+    words.extend(arguments.command.iter().cloned());
+    let exec = exec_of(&launch.spec.defaults, &words, Vec::new(), &arguments.how);
     let code = block_on(in_sandbox(arguments, &home, &launch, exec))?;
     // What was still dying when this command began, is dead by now.
     home.sweep();
@@ -47,33 +49,64 @@ async fn in_sandbox(
     launch: &Launch,
     exec: Exec,
 ) -> Result<u8, Problem> {
-    let quiet = arguments.quiet || arguments.json;
+    let json = arguments.how.json;
+    let quiet = arguments.quiet || json;
     let begun = Instant::now();
-    let mut lease = tokio::select! {
-        lease = starting::start(home, launch, quiet) => lease?,
-        code = interrupted() => return Ok(code),
+    let life = if arguments.keep { Life::Persistent } else { Life::Temporary };
+    let held = starting::create(home, launch, life, &arguments.sandbox)?;
+    let directory = held.directory.clone();
+    let start = tokio::select! {
+        lease = starting::start(held, quiet) => lease,
+        code = interrupted() => {
+            lifecycle::remove(&directory, true).await.or_else(gone_is_fine)?;
+            return Ok(code);
+        }
+    };
+    let mut lease = match start {
+        Ok(lease) => lease,
+        Err(problem) => {
+            // What could not be started was not created.
+            lifecycle::remove(&directory, true).await.or_else(gone_is_fine)?;
+            return Err(problem);
+        }
     };
     let started = begun.elapsed();
     let mut captured = Captured::default();
-    let sink = if arguments.json { Sink::Capture(&mut captured) } else { Sink::Streams };
-    let ended = match execute(&mut lease, exec, Source::Stdin, sink).await {
+    let sink = if json { Sink::Capture(&mut captured) } else { Sink::Streams };
+    let ended = match execute(lease.sandbox(), exec, Source::Stdin, sink).await {
         Ok(ended) => ended,
-        Err(problem) => {
+        Err(failure) => {
+            let problem = match failure {
+                Failure::Broken => lease.failure().await,
+                Failure::Problem(problem) => problem,
+            };
             lease.release();
             return Err(problem);
         }
     };
     let mut code = ended.code();
-    let kept = tokio::select! {
-        kept = keep_changes(&mut lease, home, launch, &ended) => kept,
-        code = interrupted() => {
-            lease.release();
-            return Ok(code);
+    let kept = if arguments.keep {
+        let name = &launch.spec.name;
+        lease.live_on().await?;
+        if !quiet {
+            ui::note(&format!(
+                "{name} runs on: agentkernel exec {name} -- COMMAND, agentkernel rm --force {name}"
+            ));
         }
+        Ok(None)
+    } else {
+        let kept = tokio::select! {
+            kept = keep_changes(&mut lease, home, launch, &ended) => kept,
+            code = interrupted() => {
+                lease.release();
+                return Ok(code);
+            }
+        };
+        lease.release();
+        kept
     };
-    lease.release();
-    if !quiet || (!arguments.json && matches!(ended, Ended::NotStarted { .. })) {
-        explain(&ended, arguments);
+    if !quiet || (!json && matches!(ended, Ended::NotStarted { .. })) {
+        explain(&ended, launch.spec.memory_mib);
     }
     // Whatever became of the changes, what the command said is not lost.
     let (kept, mut failure) = match kept {
@@ -84,12 +117,12 @@ async fn in_sandbox(
     let mut report = None;
     if let Some((set, summary)) = kept.zip(summary).filter(|(_, summary)| summary.total() > 0) {
         if arguments.apply && code == 0 {
-            match apply::apply_set(set, &[], false) {
+            match review::apply_set(set, &review::Selection::default()) {
                 Ok(applied) => {
                     if !quiet {
-                        apply::show(&applied);
+                        review::show(&applied, "--last");
                     }
-                    if apply::has_leftovers(&applied) {
+                    if review::has_leftovers(&applied) {
                         code = ui::RUN_FAILED;
                     }
                     report = Some(applied);
@@ -101,7 +134,7 @@ async fn in_sandbox(
             ui::note(&format!("{summary}{why}, kept as last: agentkernel apply --last"));
         }
     }
-    if arguments.json {
+    if json {
         let mut outcome = Outcome::new(&ended, code, &captured, summary, report, started, begun.elapsed());
         if let Some(problem) = &failure {
             outcome.error = Some(problem.message.clone());
@@ -112,6 +145,11 @@ async fn in_sandbox(
         Some(problem) => Err(problem),
         None => Ok(code),
     }
+}
+
+/// A temporary sandbox that did not start has removed itself.
+fn gone_is_fine(problem: Problem) -> Result<(), Problem> {
+    if problem.code == "not-found" { Ok(()) } else { Err(problem) }
 }
 
 /// Moves the sandbox's change set to where `apply --last` finds it.
@@ -134,76 +172,25 @@ async fn keep_changes(
 }
 
 /// The command as the guest is told to run it.
-fn exec_of(arguments: &RunArguments, launch: &Launch) -> Exec {
-    let wants_terminal = !arguments.json && (arguments.tty || terminal::is_interactive());
-    let mut environment = launch.environment.clone();
+pub(super) fn exec_of(
+    defaults: &Defaults,
+    words: &[OsString],
+    mut environment: Vec<(OsString, OsString)>,
+    how: &HowArguments,
+) -> Exec {
+    let wants_terminal = !how.json && (how.tty || terminal::is_interactive());
     if wants_terminal {
-        set(&mut environment, "TERM".into(), std::env::var_os("TERM").unwrap_or_else(|| "xterm".into()));
+        environment.insert(0, ("TERM".into(), std::env::var_os("TERM").unwrap_or_else(|| "xterm".into())));
     }
-    for assignment in &arguments.env {
-        let bytes = assignment.as_bytes();
-        match bytes.iter().position(|byte| *byte == b'=') {
-            Some(position) => {
-                let (name, value) = (&bytes[..position], &bytes[position + 1..]);
-                set(&mut environment, OsStr::from_bytes(name).into(), OsStr::from_bytes(value).into());
-            }
-            None => {
-                if let Some(value) = std::env::var_os(assignment) {
-                    set(&mut environment, assignment.clone(), value);
-                }
-            }
-        }
-    }
-    let arguments_of =
-        |words: &[OsString]| words.iter().map(|word| ByteBuf::from(word.as_bytes())).collect::<Vec<_>>();
-    let mut words: Vec<ByteBuf> =
-        launch.entrypoint.iter().map(|word| ByteBuf::from(word.as_bytes())).collect();
-    words.extend(arguments_of(&arguments.command));
-    let directory =
-        arguments.workdir.as_ref().map_or(launch.directory.as_os_str(), |workdir| workdir.as_os_str());
     Exec {
-        arguments: words,
-        environment: environment
-            .into_iter()
-            .map(|(name, value)| (ByteBuf::from(name.as_bytes()), ByteBuf::from(value.as_bytes())))
-            .collect(),
-        directory: ByteBuf::from(directory.as_bytes()),
-        user: arguments.user.clone().unwrap_or_else(|| launch.user.clone()),
         terminal: wants_terminal.then(terminal::size),
-        timeout_ms: arguments.timeout.map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
-    }
-}
-
-fn set(environment: &mut Vec<(OsString, OsString)>, name: OsString, value: OsString) {
-    environment.retain(|(existing, _)| *existing != name);
-    environment.push((name, value));
-}
-
-/// Says what a bare exit code leaves open.
-fn explain(ended: &Ended, arguments: &RunArguments) {
-    match ended {
-        Ended::Exited(Exit { timed_out: true, .. }) => ui::note("the command was killed: --timeout was up"),
-        Ended::Exited(Exit { out_of_memory: true, .. }) => ui::note(&format!(
-            "the guest ran out of memory and killed processes: give it more than --memory {}M",
-            arguments.sandbox.memory
-        )),
-        Ended::NotStarted { kind, message } => {
-            let hint = match kind {
-                ExecFailure::NotFound => Some(
-                    "the host image shows what every user of this machine may read; --image takes another",
-                ),
-                ExecFailure::Directory => Some("choose one of the guest's directories with --workdir"),
-                ExecFailure::UnknownUser => Some("choose a user of the guest with --user"),
-                ExecFailure::NotExecutable | ExecFailure::Other => None,
-            };
-            ui::error(&plain("not-started", message.clone(), hint));
-        }
-        Ended::Exited(_) | Ended::Abandoned { .. } => {}
+        timeout_ms: how.timeout.map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
+        ..defaults.exec(words, &environment)
     }
 }
 
 /// Waits for the first signal that ends a start.
-async fn interrupted() -> u8 {
+pub(super) async fn interrupted() -> u8 {
     let (Ok(mut interrupt), Ok(mut terminate)) =
         (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {
@@ -212,85 +199,5 @@ async fn interrupted() -> u8 {
     tokio::select! {
         _ = interrupt.recv() => 130,
         _ = terminate.recv() => 143,
-    }
-}
-
-/// What `--json` prints.
-#[derive(Serialize)]
-struct Outcome {
-    exit_code: u8,
-    signal: Option<u8>,
-    timed_out: bool,
-    out_of_memory: bool,
-    error: Option<String>,
-    stdout: Text,
-    stderr: Text,
-    output: Text,
-    omitted_bytes: u64,
-    changes: Option<ChangeSummary>,
-    applied: Option<ApplyReport>,
-    start_ms: f64,
-    total_ms: f64,
-}
-
-/// Text as a string where it is UTF-8, else its bytes in hexadecimal.
-#[derive(Serialize)]
-#[serde(untagged)]
-enum Text {
-    Utf8(String),
-    Hexadecimal { hex: String },
-}
-
-impl Text {
-    fn of(bytes: &[u8]) -> Self {
-        match std::str::from_utf8(bytes) {
-            Ok(text) => Self::Utf8(text.to_owned()),
-            Err(_) => {
-                let mut hex = String::with_capacity(bytes.len() * 2);
-                for byte in bytes {
-                    let _ = write!(hex, "{byte:02x}");
-                }
-                Self::Hexadecimal { hex }
-            }
-        }
-    }
-}
-
-impl Outcome {
-    fn new(
-        ended: &Ended,
-        exit_code: u8,
-        captured: &Captured,
-        changes: Option<ChangeSummary>,
-        applied: Option<ApplyReport>,
-        started: Duration,
-        total: Duration,
-    ) -> Self {
-        use agentkernel_protocol::message::ExitStatus;
-        let exit = match ended {
-            Ended::Exited(exit) => Some(*exit),
-            _ => None,
-        };
-        Self {
-            exit_code,
-            signal: exit.and_then(|exit| match exit.status {
-                ExitStatus::Signal(signal) => Some(signal),
-                ExitStatus::Code(_) => None,
-            }),
-            timed_out: exit.is_some_and(|exit| exit.timed_out),
-            out_of_memory: exit.is_some_and(|exit| exit.out_of_memory),
-            error: match ended {
-                Ended::NotStarted { message, .. } => Some(message.clone()),
-                _ => None,
-            },
-            stdout: Text::of(&captured.stdout),
-            stderr: Text::of(&captured.stderr),
-            output: Text::of(&captured.output),
-            omitted_bytes: captured.omitted,
-            changes,
-            applied,
-            start_ms: started.as_secs_f64() * 1e3,
-            total_ms: total.as_secs_f64() * 1e3,
-        }
     }
 }

@@ -19,6 +19,17 @@ fn mistakes_on_the_command_line() {
         (vec!["run", "--network", "sometimes", "--", "true"], 125, "public"),
         (vec!["apply"], 2, "--last"),
         (vec!["aply"], 2, "apply"),
+        (vec!["create", "a", "--name", "b"], 1, "twice"),
+        (vec!["create", "x", "--profile", "modrate"], 2, "moderate"),
+        (vec!["create", "x", "-v", "/a"], 2, "SOURCE:TARGET"),
+        (vec!["create", "x", "-v", "/nowhere:/data"], 1, "/nowhere"),
+        (vec!["create", "x", "-v", "cache:/proc"], 1, "/proc"),
+        (vec!["exec", "nobody", "--", "true"], 125, "nobody"),
+        (vec!["exec", "nobody"], 125, "COMMAND"),
+        (vec!["attach"], 125, "NAME"),
+        (vec!["cp", "a", "b"], 1, "NAME:PATH"),
+        (vec!["sandbox", "stop", "nobody"], 1, "nobody"),
+        (vec!["extend", "nobody"], 2, "--by"),
         (vec!["__supervise", "/nowhere"], 1, ""),
     ] {
         let said = host.agentkernel(&arguments);
@@ -28,7 +39,34 @@ fn mistakes_on_the_command_line() {
     host.agentkernel(&["apply", "--last"]).expect(1);
     let said = host.agentkernel(&["completions", "bash"]);
     assert!(said.expect(0).contains("agentkernel"));
-    for verb in ["run", "apply", "setup", "doctor", "benchmark", "completions"] {
+    for verb in [
+        "run",
+        "create",
+        "start",
+        "stop",
+        "rm",
+        "list",
+        "info",
+        "stats",
+        "exec",
+        "attach",
+        "exec-list",
+        "exec-logs",
+        "exec-kill",
+        "logs",
+        "cp",
+        "diff",
+        "apply",
+        "extend",
+        "gc",
+        "sandbox",
+        "volume",
+        "init",
+        "setup",
+        "doctor",
+        "benchmark",
+        "completions",
+    ] {
         host.agentkernel(&[verb, "--help"]).expect(0);
     }
 }

@@ -69,6 +69,13 @@ impl Said {
     }
 }
 
+impl Said {
+    /// Standard output, whatever the exit code.
+    pub(crate) fn expect_any(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+}
+
 impl Host {
     /// A world whose kernel is ready.
     pub(crate) fn new() -> Self {
@@ -235,7 +242,10 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        if !std::thread::panicking() {
+        if std::thread::panicking() {
+            // Nothing of a failed test may disturb the others.
+            let _ = self.command(&["rm", "--all", "--force"]).output();
+        } else {
             self.assert_nothing_is_left();
         }
     }

@@ -11,14 +11,14 @@ use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
 
 use crate::host::{Host, wait};
 
-struct Terminal {
+pub(crate) struct Terminal {
     near: File,
     far: OwnedFd,
     seen: String,
 }
 
 impl Terminal {
-    fn open() -> Self {
+    pub(crate) fn open() -> Self {
         let near = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&near).unwrap();
         unlockpt(&near).unwrap();
@@ -28,15 +28,24 @@ impl Terminal {
         Self { near: near.into(), far, seen: String::new() }
     }
 
-    fn resize(&self, rows: u16, columns: u16) {
+    pub(crate) fn resize(&self, rows: u16, columns: u16) {
         let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         tcsetwinsize(&self.near, size).unwrap();
     }
 
-    /// Starts `run -- sh -c SCRIPT` as the leader of a session on this terminal.
+    /// Starts `run -- sh -c SCRIPT`.
     fn run(&self, host: &Host, script: &str) -> Child {
+        self.start(host, &["run", "-q", "--workspace", "none", "--", "sh", "-c", script])
+    }
+
+    pub(crate) fn type_in(&mut self, keys: &[u8]) {
+        self.near.write_all(keys).unwrap();
+    }
+
+    /// Starts the program as the leader of a session on this terminal.
+    pub(crate) fn start(&self, host: &Host, arguments: &[&str]) -> Child {
         let mut command = std::process::Command::new("setsid");
-        let run = host.command(&["run", "-q", "--workspace", "none", "--", "sh", "-c", script]);
+        let run = host.command(arguments);
         command.arg("--ctty").arg(run.get_program()).args(run.get_args());
         for (name, value) in run.get_envs() {
             match value {
@@ -51,7 +60,7 @@ impl Terminal {
 
     /// Reads until `word` was seen.
     #[track_caller]
-    fn expect(&mut self, word: &str) {
+    pub(crate) fn expect(&mut self, word: &str) {
         let deadline = Instant::now() + Duration::from_secs(120);
         let mut buffer = [0; 4096];
         while !self.seen.contains(word) {

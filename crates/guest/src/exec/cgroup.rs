@@ -1,12 +1,16 @@
-//! The cgroup of one program: whatever it starts stays inside, daemons included, so that all of it can be killed.
+//! The cgroup of one program: whatever it starts stays inside, daemons included, so that all of it can be killed, and
+//! its number bounded. All of them lie in one group, so that all programs can be made to stand still.
 
 use std::fs::File;
 use std::io::Error;
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, Mode, OFlags, mkdirat, openat, unlinkat};
+
+use crate::configure::read_below;
 
 static NEXT: AtomicU64 = AtomicU64::new(1);
 /// Cgroups whose programs have ended but whose background processes live on; tried again with each new one.
@@ -20,14 +24,17 @@ pub(super) struct Cgroup {
 }
 
 impl Cgroup {
-    pub(super) fn create(hierarchy: &OwnedFd) -> Result<Self, Error> {
+    /// Makes one below `hierarchy` for at most `limit` processes and threads.
+    pub(super) fn create(hierarchy: &OwnedFd, limit: u32) -> Result<Self, Error> {
         sweep(hierarchy);
         let hierarchy = hierarchy.try_clone()?;
         let name = format!("exec-{}", NEXT.fetch_add(1, Ordering::Relaxed));
         mkdirat(&hierarchy, &name, Mode::from_raw_mode(0o755))?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = openat(&hierarchy, &name, flags, Mode::empty())?;
-        Ok(Self { hierarchy, name, directory })
+        let cgroup = Self { hierarchy, name, directory };
+        write(&cgroup.directory, "pids.max", &limit.to_string())?;
+        Ok(cgroup)
     }
 
     /// Its directory, into which a process is started.
@@ -37,10 +44,42 @@ impl Cgroup {
 
     /// Kills every process inside.
     pub(super) fn kill(&self) {
-        let file = openat(&self.directory, "cgroup.kill", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
-        if let Ok(file) = file {
-            let _ = std::io::Write::write_all(&mut File::from(file), b"1");
+        let _ = write(&self.directory, "cgroup.kill", "1");
+    }
+}
+
+/// Writes to one of a group's control files.
+pub(crate) fn write(directory: &OwnedFd, name: &str, text: &str) -> Result<(), Error> {
+    let file = openat(directory, name, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    std::io::Write::write_all(&mut File::from(file), text.as_bytes())
+}
+
+/// Longest wait until all programs stand still: one that is inside a system call first leaves it.
+const FREEZE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// While this lives, the programs stand still.
+pub(crate) struct Frozen(OwnedFd);
+
+impl Frozen {
+    /// Stops all programs of `hierarchy`. Waits; not for the runtime's thread.
+    pub(crate) fn freeze(hierarchy: &OwnedFd) -> Result<Self, Error> {
+        let frozen = Self(hierarchy.try_clone()?);
+        write(&frozen.0, "cgroup.freeze", "1")?;
+        let deadline = Instant::now() + FREEZE_PATIENCE;
+        while Instant::now() < deadline {
+            let events = read_below(&frozen.0, "cgroup.events", 4096)?;
+            if String::from_utf8_lossy(&events).lines().any(|line| line == "frozen 1") {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
+        Ok(frozen)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = write(&self.0, "cgroup.freeze", "0");
     }
 }
 

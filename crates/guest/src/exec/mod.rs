@@ -10,7 +10,7 @@
 //! After the program ended, what it left in its pipes is read, without waiting for background children that hold them
 //! open; then `Exited` is sent. A host that reads slowly stalls the sender and so this program alone.
 
-mod cgroup;
+pub(crate) mod cgroup;
 mod reaper;
 mod spawn;
 mod streams;
@@ -75,7 +75,8 @@ async fn fail(stream: &mut Stream, kind: ExecFailure, message: String) -> Result
 
 /// Everything that may touch a path, on a thread that may wait.
 fn start(reaper: &Reaper, layout: &Layout, wish: &Exec) -> Result<(Spawned, Cgroup), Failure> {
-    let cgroup = Cgroup::create(&layout.cgroups).map_err(|error| Failure::other("make a cgroup", &error))?;
+    let cgroup = Cgroup::create(&layout.cgroups, layout.process_limit)
+        .map_err(|error| Failure::other("make a cgroup", &error))?;
     let spawned = spawn::spawn(reaper, wish, &cgroup)?;
     Ok((spawned, cgroup))
 }

@@ -290,9 +290,11 @@ impl Plan {
             libc::signal(libc::SIGPIPE, libc::SIG_DFL);
             libc::umask(0o022);
             other(i64::from(libc::setrlimit64(libc::RLIMIT_NOFILE, &raw const OPEN_FILES)))?;
-            other(i64::from(libc::setgroups(self.groups.len(), self.groups.as_ptr())))?;
-            other(i64::from(libc::setresgid(self.gid, self.gid, self.gid)))?;
-            other(i64::from(libc::setresuid(self.uid, self.uid, self.uid)))?;
+            // Past the library: its own calls change the ids of all threads it believes in, which are the parent's, and
+            // wait for ever for one that was just being made at the fork.
+            other(libc::syscall(libc::SYS_setgroups, self.groups.len(), self.groups.as_ptr()))?;
+            other(libc::syscall(libc::SYS_setresgid, self.gid, self.gid, self.gid))?;
+            other(libc::syscall(libc::SYS_setresuid, self.uid, self.uid, self.uid))?;
             if libc::chdir(self.directory.as_ptr()) != 0 {
                 return Err((STEP_DIRECTORY, last_errno()));
             }

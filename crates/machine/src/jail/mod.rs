@@ -28,7 +28,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use enter::main;
-pub use spawn::{Ended, JailConfig, JailError, Jailed, spawn};
+pub use spawn::{Confinement, Ended, JailConfig, JailError, Jailed, spawn};
 
 /// The hidden verb under which the program calls [`main`], before it starts any thread.
 pub const VERB: &str = "__jail";
@@ -158,6 +158,7 @@ pub async fn probe(launcher: &Path) -> Result<Vec<Layer>, JailError> {
         identity: None,
         limits: Limits { file_size_bytes: 0, address_space_bytes: None, open_files: 64, processes: 16 },
         without: Vec::new(),
+        watchers: None,
     };
     Ok(spawn(config).await?.layers().to_vec())
 }

@@ -24,8 +24,10 @@ const ERRORS_GRACE: Duration = Duration::from_millis(200);
 const FIRST_UID: u32 = 2_000_000_000;
 const UIDS: u32 = 100_000_000;
 
+/// What a thread does to confine itself; the text says why it could not.
+pub type Confinement = Box<dyn FnOnce() -> Result<(), String> + Send>;
+
 /// What to run, and what it may use.
-#[derive(Debug)]
 pub struct JailConfig {
     /// The program whose verb [`VERB`] calls [`super::main`].
     pub launcher: PathBuf,
@@ -45,6 +47,8 @@ pub struct JailConfig {
     pub limits: Limits,
     /// Walls to leave out, to try the others alone.
     pub without: Vec<Wall>,
+    /// What the threads that watch the process do once it runs, before anything of it is read.
+    pub watchers: Option<Confinement>,
 }
 
 /// Why nothing runs in the jail.
@@ -157,13 +161,17 @@ pub async fn spawn(config: JailConfig) -> Result<Jailed, JailError> {
     thread::Builder::new()
         .name("machine".to_owned())
         .spawn(move || {
-            let mut child = match start(&config, &orders) {
-                Ok((child, started)) => {
-                    // The caller is gone: so is the reason for the process.
-                    if started_in.send(Ok(started)).is_err() { kill_and_reap(child) } else { child }
-                }
+            let mut config = config;
+            let (child, started) = match start(&config, &orders) {
+                Ok(running) => running,
                 Err(error) => return drop(started_in.send(Err(error))),
             };
+            if let Some(Err(reason)) = config.watchers.take().map(|confine| confine()) {
+                drop(kill_and_reap(child));
+                return drop(started_in.send(Err(JailError::Setup { reason })));
+            }
+            // The caller is gone: so is the reason for the process.
+            let mut child = if started_in.send(Ok(started)).is_err() { kill_and_reap(child) } else { child };
             drop(config);
             let errors = keep_errors(child.stderr.take());
             let status = child.wait().ok();
@@ -177,6 +185,7 @@ pub async fn spawn(config: JailConfig) -> Result<Jailed, JailError> {
 
 fn kill_and_reap(mut child: Child) -> Child {
     let _ = child.kill();
+    let _ = child.wait();
     child
 }
 

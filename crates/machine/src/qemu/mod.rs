@@ -28,10 +28,11 @@ use rustix::fs::OFlags;
 use tokio::net::UnixStream;
 
 use crate::accelerator::Accelerator;
+pub use crate::console::ConsoleLog;
 use crate::console::{self, Console};
 use crate::jail::{self, Ended, JailConfig, JailError, Jailed, Layer, Limits};
 use crate::kernel::Kernel;
-use crate::machine::{Capabilities, Exit, ExitReason, Machine, MachineError, Metrics, Work};
+use crate::machine::{Capabilities, Exit, ExitReason, Machine, MachineError, Metrics, Work, process_metrics};
 use qmp::Qmp;
 
 pub use arguments::AGENT_PORT;
@@ -48,7 +49,6 @@ pub(crate) const OVERHEAD_MIB: u64 = 192;
 const ADDRESS_SPACE_MIB: u64 = 6144;
 
 /// What kind of machine is asked for.
-#[derive(Debug)]
 pub struct MachineConfig {
     /// What it boots.
     pub kernel: Kernel,
@@ -66,10 +66,12 @@ pub struct MachineConfig {
     pub machine_uid: Option<u32>,
     /// Descriptors that the machine's process holds open as long as it lives (locks).
     pub inherit: Vec<OwnedFd>,
-    /// Where the console is logged: at most 256 KiB of it.
-    pub console_log: Option<File>,
+    /// What is handed the console's bytes as they come.
+    pub console_log: Option<ConsoleLog>,
     /// What is appended to the kernel's command line.
     pub kernel_arguments: Vec<String>,
+    /// What the threads that watch the machine's process do to confine themselves once it runs.
+    pub watchers: Option<jail::Confinement>,
 }
 
 /// A disk of a machine.
@@ -213,6 +215,7 @@ pub async fn start(config: MachineConfig) -> Result<QemuMachine, StartError> {
         identity: config.machine_uid,
         limits,
         without: Vec::new(),
+        watchers: config.watchers,
     };
     let process = jail::spawn(jail).await?;
     let console = Arc::new(Mutex::new(Console::new(log)));
@@ -360,11 +363,15 @@ impl Machine for QemuMachine {
         }
     }
 
+    fn process(&self) -> u32 {
+        self.process.pid()
+    }
+
     fn metrics(&self) -> Result<Metrics, MachineError> {
         if self.process.has_ended() {
             return Err(MachineError::Ended);
         }
-        read_metrics(self.process.pid()).ok_or(MachineError::Ended)
+        process_metrics(self.process.pid()).ok_or(MachineError::Ended)
     }
 
     fn explain(&self) -> Option<String> {
@@ -384,18 +391,4 @@ impl Drop for QemuMachine {
     fn drop(&mut self) {
         self.process.kill();
     }
-}
-
-fn read_metrics(pid: u32) -> Option<Metrics> {
-    let memory = std::fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
-    let pages: u64 = memory.split(' ').nth(1)?.parse().ok()?;
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name may hold spaces and brackets; the fields after it do not.
-    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
-    let ticks = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
-    let per_second = rustix::param::clock_ticks_per_second().max(1);
-    Some(Metrics {
-        resident_bytes: pages * rustix::param::page_size() as u64,
-        cpu_time: Duration::from_millis(ticks * 1000 / per_second),
-    })
 }

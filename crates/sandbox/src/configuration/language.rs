@@ -19,7 +19,7 @@ pub struct Language {
     /// Other names `runtime` may have.
     aliases: &'static [&'static str],
     /// Programs of the image. What it has not (`mvn`, `poetry`) is not here: choosing it for them would not run them.
-    commands: &'static [&'static str],
+    pub commands: &'static [&'static str],
     /// Files at a project's root; `*.x` is any name that ends so.
     files: &'static [&'static str],
 }

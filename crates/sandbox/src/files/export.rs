@@ -13,6 +13,7 @@ use rustix::io::Errno;
 
 use super::abi::{MAX_NAME, MAX_PATH};
 use super::host::{self, Tree};
+use super::view::directory::DirectoryView;
 use super::view::host_image::{HostImageView, Toolchain};
 use super::view::workspace::{IGNORE_FILE, WorkspaceView};
 use super::view::{Facts, View};
@@ -156,6 +157,34 @@ impl Export {
         let view =
             WorkspaceView::new(&lines).map_err(|source| ExportError::ParseIgnoreFile { path, source })?;
         Ok(Self { tree, view: View::Workspace(view), access, bases, root: root.to_owned() })
+    }
+
+    /// The directory `root`, without what lies in `hidden` (absolute; an empty path hides nothing).
+    ///
+    /// # Errors
+    /// The directory or `/proc/self/fd` cannot be opened.
+    pub fn directory(root: &Path, access: Access, hidden: &Path) -> Result<Self, ExportError> {
+        let hidden = hidden.strip_prefix(root).ok().map(|path| path.as_os_str().as_bytes().to_vec());
+        let view = View::Directory(DirectoryView::new(hidden.filter(|path| !path.is_empty())));
+        Ok(Self { tree: open_tree(root)?, view, access, bases: None, root: root.to_owned() })
+    }
+
+    /// The home directory `root`, read-only, without what looks like a setting or a credential.
+    ///
+    /// # Errors
+    /// The directory or `/proc/self/fd` cannot be opened.
+    pub fn home(root: &Path, toolchains: &[PathBuf]) -> Result<Self, ExportError> {
+        let below = |path: &PathBuf| Some(path.strip_prefix(root).ok()?.as_os_str().as_bytes().to_vec());
+        let view = DirectoryView::home(toolchains.iter().filter_map(below).collect())
+            .map_err(|source| ExportError::ParseIgnoreFile { path: root.to_owned(), source })?;
+        let view = View::Directory(view);
+        Ok(Self {
+            tree: open_tree(root)?,
+            view,
+            access: Access::ReadOnly,
+            bases: None,
+            root: root.to_owned(),
+        })
     }
 
     /// Whether the guest finds something at `path`: an absolute path of the host, symlinks in it followed.

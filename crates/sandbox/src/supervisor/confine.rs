@@ -17,7 +17,7 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 const LANDLOCK: ABI = ABI::V6;
 
 /// What the supervisor needs to reach.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Reach {
     /// Trees that are served read-only.
     pub read: Vec<PathBuf>,
@@ -27,15 +27,23 @@ pub(super) struct Reach {
     pub own: PathBuf,
 }
 
-/// Confines this thread and every thread and process started from it.
+/// Confines this thread and every thread and process started from it, and filters the system calls of all threads.
 ///
 /// # Errors
 /// A text for people. The caller must not go on: an unconfined supervisor is a silently weaker one.
 pub(super) fn confine(reach: &Reach) -> Result<(), String> {
+    confine_thread(reach)?;
+    filter_system_calls().map_err(|error| format!("system call filter: {error}"))
+}
+
+/// Confines this thread and every thread started from it, but for the filter: for those that exist before the others.
+///
+/// # Errors
+/// As for [`confine`].
+pub(super) fn confine_thread(reach: &Reach) -> Result<(), String> {
     rustix::thread::set_no_new_privs(true).map_err(|error| format!("no_new_privs: {error}"))?;
     landlock(reach).map_err(|error| format!("landlock: {error}"))?;
-    drop_capabilities().map_err(|error| format!("capabilities: {error}"))?;
-    filter_system_calls().map_err(|error| format!("system call filter: {error}"))
+    drop_capabilities().map_err(|error| format!("capabilities: {error}"))
 }
 
 fn landlock(reach: &Reach) -> Result<(), RulesetError> {

@@ -30,27 +30,32 @@ pub(super) struct Started {
 pub(super) async fn start(
     spec: &Spec,
     directory: &SandboxDirectory,
+    program: &Path,
     lock: &File,
+    console: impl FnMut(&[u8]) + Send + 'static,
+    watchers: impl FnOnce() -> Result<(), String> + Send + 'static,
 ) -> Result<Started, Problem> {
     let cache = directory.home().cache();
     let kernel = kernel::load(&cache, None).map_err(|error| problem("kernel", &error, error.hint()))?;
     let accelerator = accelerator::detect().accelerator;
     let lock = lock.try_clone().map_err(io("hand the lock on"))?;
-    let log = directory.path().join("console.log");
-    let console_log =
-        state::private_file().create_new(true).open(&log).map_err(io("open the console's log"))?;
+    if spec.require_hardware && accelerator == Accelerator::Tcg {
+        let message = "the sandbox requires hardware virtualisation, which this machine has no longer";
+        return Err(plain("no-hardware", message, Some("agentkernel doctor")));
+    }
     let config = MachineConfig {
         kernel,
         accelerator,
         vcpus: spec.vcpus,
         memory_mib: u32::try_from(spec.memory_mib)
             .map_err(|_| plain("memory-size", "that is more memory than a machine can have", None))?,
-        disks: disks(spec, directory.path())?,
-        launcher: spec.program.clone(),
+        disks: disks(spec, directory)?,
+        launcher: program.to_owned(),
         machine_uid: None,
         inherit: vec![lock.into()],
-        console_log: Some(console_log),
+        console_log: Some(Box::new(console)),
         kernel_arguments: Vec::new(),
+        watchers: Some(Box::new(watchers)),
     };
     let machine =
         qemu::start(config).await.map_err(|error| problem("machine-start", &error, error.hint()))?;
@@ -60,14 +65,19 @@ pub(super) async fn start(
     Ok(Started { machine: Box::new(machine), stream, accelerator })
 }
 
-fn disks(spec: &Spec, directory: &Path) -> Result<Vec<Disk>, Problem> {
-    let writable = directory.join(disk::FILE_NAME);
+fn disks(spec: &Spec, directory: &SandboxDirectory) -> Result<Vec<Disk>, Problem> {
+    let writable = directory.path().join(disk::FILE_NAME);
     let file = state::private_file().open(&writable).map_err(io(format!("open {}", writable.display())))?;
-    let durability = DiskDurability::Scratch;
+    let durability = if directory.is_temporary() { DiskDurability::Scratch } else { DiskDurability::Durable };
     let mut disks = vec![Disk { file, read_only: false, serial: WRITABLE_SERIAL.into(), durability }];
     if let Image::Disk { path, .. } = &spec.image {
         let file = File::open(path).map_err(io(format!("open {}", path.display())))?;
-        disks.push(Disk { file, read_only: true, serial: IMAGE_SERIAL.into(), durability });
+        disks.push(Disk {
+            file,
+            read_only: true,
+            serial: IMAGE_SERIAL.into(),
+            durability: DiskDurability::Scratch,
+        });
     }
     Ok(disks)
 }

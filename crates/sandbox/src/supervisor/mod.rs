@@ -2,56 +2,66 @@
 //!
 //! ```text
 //!            spawn                 HELLO answered            configured
-//! starting ────────► booting ────────────────► configuring ────────────► ready
-//!     │                 │                           │                      │ lease ends, Finish, machine dies
-//!     └─────────────────┴───────────────────────────┴──────────────────────┴──► torn down
+//! starting ────────► booting ────────────────► configuring ────────────► running
+//!     │                 │                           │                      │ lease ends, stop, SIGTERM, deadline,
+//!     │                 │                           │                      │ machine dies
+//!     └─────────────────┴───────────────────────────┴──────────────────────┴──► ending ──► removed, or resting
 //! ```
 //! It is started with its lease (a socket whose other end the client holds) as standard input and its locked lock file
 //! as standard output, so no descriptor numbers need be trusted. The machine is started from the main thread, which
 //! lives as long as the process: parent-death signals fire on thread exit. Before the machine's first byte is read the
 //! process confines itself; every thread started later inherits that.
 //!
-//! However it ends, the machine is killed and the directory removed. If this process itself is killed, the
-//! parent-death signal kills the machine, and the client, or any later command's sweep, removes the directory.
+//! However it ends, the machine is ended too: in order if the sandbox is to stay, at once if it goes. If this process
+//! itself is killed, the parent-death signal kills the machine, and the client, or any later command's sweep, puts the
+//! directory right. A sandbox that rests and has a deadline keeps this process, without its lock, to wait for that.
 
+mod clients;
 mod confine;
+mod detached;
 mod machine;
 mod relay;
 mod session;
-mod teardown;
-
-pub(crate) use session::CONTROL_SOCKET;
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::problem::{Problem, io, os, plain};
 use crate::spec::Spec;
 use crate::state::SandboxDirectory;
 
-/// Runs the supervisor of the sandbox in `directory` until the sandbox is gone.
+/// Name of the control socket in the sandbox's directory.
+pub(crate) const CONTROL_SOCKET: &str = "control.sock";
+
+/// Runs the supervisor of the sandbox in `directory` until the sandbox is gone or rests. `program` is the one with the
+/// hidden verbs: ours.
 ///
 /// # Errors
 /// What made the start fail; the holder of the lease was told the same.
-pub fn main(directory: PathBuf) -> Result<(), Problem> {
+pub fn main(directory: PathBuf, program: &Path) -> Result<(), Problem> {
+    // A session of its own: neither Ctrl-C at the terminal nor its end is for the supervisor.
+    let _ = rustix::process::setsid();
     let inherited = Inherited::take()?;
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     raise_descriptor_limit();
-    let directory = SandboxDirectory::open(directory)?;
-    std::env::set_current_dir(directory.path())
-        .map_err(io(format!("enter {}", directory.path().display())))?;
-    let spec = Spec::load(directory.path())?;
+    let sandbox = SandboxDirectory::open(directory)?;
+    std::env::set_current_dir(sandbox.path()).map_err(io(format!("enter {}", sandbox.path().display())))?;
+    let spec = Spec::load(sandbox.path())?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(32)
         .thread_keep_alive(std::time::Duration::from_secs(60))
         .build()
         .map_err(io("start the supervisor"))?;
-    let result = runtime.block_on(session::run(&spec, &directory, inherited));
+    let result = runtime.block_on(session::run(spec, &sandbox, program, inherited));
     // Threads that serve files may still wait for the disk; the machine they worked for is gone.
     runtime.shutdown_background();
-    result
+    match result {
+        Ok(session::End::Gone) => Ok(()),
+        Ok(session::End::Resting) => crate::deadline::reap(sandbox.path().to_owned()),
+        Err(problem) => Err(problem),
+    }
 }
 
 /// Takes as many descriptors as the host allows: the guest's open files are descriptors of this process.

@@ -11,7 +11,7 @@ use crate::files::FileServer;
 
 /// File system requests served at once; the guest's kernel waits with the others.
 const CONCURRENT_REQUESTS: usize = 16;
-/// Buffer of each direction of a relayed execution, bytes.
+/// Buffer of each direction of what is relayed, bytes.
 const RELAY_BUFFER: usize = 64 << 10;
 
 /// Serves one file system until its stream ends.
@@ -51,7 +51,7 @@ pub(super) async fn serve_files(stream: Stream, server: Arc<FileServer>) -> Resu
 }
 
 /// Copies both ways until the guest has said all or the client is gone; what is buffered is bounded by the windows.
-pub(super) async fn relay_execution<C>(client: C, stream: Stream)
+pub(super) async fn relay<C>(client: C, stream: Stream)
 where
     C: AsyncRead + AsyncWrite + Unpin,
 {

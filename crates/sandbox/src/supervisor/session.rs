@@ -1,34 +1,42 @@
-//! The life of one machine, from its start to the removal of everything it had.
+//! The life of one machine, from its start to its end.
 
+use std::cell::{Cell, RefCell};
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use agentkernel_machine::accelerator::Accelerator;
-use agentkernel_protocol::control::{ControlRequest, Event, LeaseInput};
+use agentkernel_protocol::control::{ControlReply, Event, LeaseInput};
 use agentkernel_protocol::frame;
-use agentkernel_protocol::message::{Configure, Mount, MountMode, Reply, Request, Root, Writable};
+use agentkernel_protocol::message::{Configure, File, Programs, Reply, Request, Root, Writable};
 use agentkernel_protocol::mux::{self, Opener};
 use agentkernel_protocol::record::Port;
 use serde_bytes::ByteBuf;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
 
-use super::confine::{Reach, confine};
-use super::{Inherited, machine, relay, teardown};
+use super::clients::{self, Clients, Stop};
+use super::confine::{Reach, confine, confine_thread};
+use super::{CONTROL_SOCKET, Inherited, machine, relay};
 use crate::collect;
-use crate::exports::Exports;
+use crate::deadline::{self, Clocks, unix_ms};
+use crate::exports::{Exports, mounts};
+use crate::lifecycle;
 use crate::problem::{Problem, io, plain, problem};
 use crate::project::WorkspaceMode;
-use crate::spec::{Image, Spec, fresh_machine_id};
-use crate::state::{SandboxDirectory, fill_random};
+use crate::record::Record;
+use crate::spec::{Image, Spec};
+use crate::state::{Live, Phase, SandboxDirectory, fill_random};
 
-/// Clients served at once; each may hold one execution.
-const CLIENT_LIMIT: usize = 1024;
-/// Index of the workspace in [`Configure::mounts`].
-const WORKSPACE_MOUNT: u32 = 0;
-/// Name of the control socket in the sandbox's directory.
-pub(crate) const CONTROL_SOCKET: &str = "control.sock";
+const MACHINE_ENDED: &str = "machine-ended";
+/// Time between SIGTERM and SIGKILL where nobody said another.
+const GRACE_MS: u32 = 10_000;
+/// How much longer than its programs' grace a guest may take to write back and end.
+const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(30);
+/// Longest time between two looks at the deadline: it may be moved.
+const GLANCE: Duration = Duration::from_secs(5);
 
 /// How long a machine may take from its start to the agent's greeting. Many times the usual 0.2 s under hardware
 /// virtualisation and 1.5 s under emulation: a busy host is no error.
@@ -39,126 +47,326 @@ fn boot_deadline(accelerator: Accelerator) -> Duration {
     }
 }
 
-/// Runs the sandbox until its lease ends, it is finished, or its machine dies; then removes it.
+/// What is left of the sandbox.
+pub(super) enum End {
+    /// Nothing.
+    Gone,
+    /// Its directory, which this process does not hold any more.
+    Resting,
+}
+
+/// Why a machine is ended that could have lived on.
+enum Wish {
+    /// Whoever wanted it is gone, or done.
+    LeaseEnded,
+    /// It is to stop.
+    Stop(Stop),
+    /// Its time is up.
+    Expired,
+}
+
+/// Runs the sandbox until it is to end or its machine dies; then removes it or lets it rest.
 pub(super) async fn run(
-    spec: &Spec,
+    spec: Spec,
     sandbox: &SandboxDirectory,
+    program: &Path,
     inherited: Inherited,
-) -> Result<(), Problem> {
+) -> Result<End, Problem> {
     let Inherited { lease, lock } = inherited;
     let mut lease = Lease::new(lease)?;
-    let result = live(spec, sandbox, &mut lease, &lock).await;
-    match &result {
-        Ok(()) => {}
-        Err(problem) => lease.send(&Event::Failed(problem.clone())).await,
-    }
-    teardown::remove(sandbox.path());
-    result
-}
-
-async fn live(
-    spec: &Spec,
-    sandbox: &SandboxDirectory,
-    lease: &mut Lease,
-    lock: &std::fs::File,
-) -> Result<(), Problem> {
-    let listener = UnixListener::bind(CONTROL_SOCKET).map_err(io("open the control socket"))?;
-    let exports = Exports::open(spec)?;
-    let directory = sandbox.path();
-    tracing::debug!("the supervisor is up");
-    let started = machine::start(spec, sandbox, lock).await?;
-    confine(&Reach { read: exports.read_roots(), write: exports.write_roots(), own: directory.to_owned() })
-        .map_err(|message| {
-        plain("confinement", format!("the supervisor cannot confine itself: {message}"), None)
-    })?;
-    tracing::debug!("the machine's process runs");
-    let deadline = boot_deadline(started.accelerator);
-    let result = tokio::select! {
-        result = converse(spec, directory, &exports, &listener, started.stream, deadline, lease) => Outcome::Talk(result),
-        exit = started.machine.wait() => Outcome::Exit(exit.to_string()),
+    let session = Session {
+        spec: Arc::new(spec),
+        sandbox: sandbox.clone(),
+        temporary: sandbox.is_temporary(),
+        record: Record::open(sandbox.path()),
+        live: RefCell::new(Live {
+            protocol: agentkernel_protocol::VERSION,
+            program: env!("CARGO_PKG_VERSION").to_owned(),
+            phase: Phase::Starting,
+            supervisor: std::process::id(),
+            machine: None,
+            accelerator: None,
+            started_unix_ms: unix_ms(),
+        }),
+        ending: Cell::new(false),
     };
-    let outcome = match result {
-        // A machine that dies takes its port along: its own last words explain more than the broken stream.
-        Outcome::Talk(Err(problem)) => {
-            match tokio::time::timeout(Duration::from_millis(500), started.machine.wait()).await {
-                Ok(exit) => Err(machine_ended(&exit.to_string())),
-                Err(_) => Err(explained(problem, started.machine.explain())),
+    let outcome = session.live(program, &mut lease, &lock).await;
+    match &outcome {
+        Ok(_) => {}
+        Err(problem) => session.record.say("died", &problem.message),
+    }
+    let gone = session.temporary || matches!(outcome, Ok(Wish::Expired));
+    if gone {
+        match &outcome {
+            Err(problem) => lease.send(&Event::Failed(problem.clone())).await,
+            Ok(Wish::Expired) => {
+                let expired = plain("expired", "the sandbox's time is up: it was removed", None);
+                lease.send(&Event::Failed(expired)).await;
             }
+            Ok(_) => {}
         }
-        Outcome::Talk(Ok(())) => Ok(()),
-        Outcome::Exit(reason) => Err(machine_ended(&reason)),
-    };
-    started.machine.kill();
-    // The directory may go only when nothing writes into it any more.
-    let _ = tokio::time::timeout(Duration::from_secs(5), started.machine.wait()).await;
-    outcome
-}
-
-enum Outcome {
-    Talk(Result<(), Problem>),
-    Exit(String),
-}
-
-/// Adds what the console says.
-fn explained(mut problem: Problem, words: Option<String>) -> Problem {
-    if let Some(words) = words {
-        problem.message = format!("{}; its console says: {words}", problem.message);
+        sandbox.remove_in_place();
+    } else {
+        session.rest(outcome.is_ok());
+        // Only now: whoever is told may start it again at once.
+        drop(lock);
+        if let Err(problem) = &outcome {
+            lease.send(&Event::Failed(problem.clone())).await;
+        }
     }
-    problem
-}
-
-fn machine_ended(reason: &str) -> Problem {
-    plain("machine-ended", format!("the machine ended: {reason}"), None)
-}
-
-/// Greets and configures the guest, then serves clients until the lease says otherwise.
-async fn converse(
-    spec: &Spec,
-    directory: &Path,
-    exports: &Exports,
-    listener: &UnixListener,
-    stream: UnixStream,
-    deadline: Duration,
-    lease: &mut Lease,
-) -> Result<(), Problem> {
-    let mut port = Port::new(stream);
-    tokio::select! {
-        greeting = tokio::time::timeout(deadline, port.greet(1)) => match greeting {
-            Ok(Ok(answer)) => tracing::debug!("the agent greets, kernel {}", answer.kernel),
-            Ok(Err(error)) => return Err(problem("boot", &error, None)),
-            Err(_) => return Err(boot_timeout(deadline)),
-        },
-        () = lease.ended() => return Ok(()),
+    match outcome {
+        Ok(Wish::Stop(stop)) => stop.answer(ControlReply::Done).await,
+        Ok(_) => {}
+        Err(problem) => return Err(problem),
     }
-    let (opener, driver) = mux::host(port.session());
-    let talk = async {
-        tokio::select! {
-            configured = tokio::time::timeout(deadline, configure(spec, exports, &opener)) => {
-                configured.map_err(|_| boot_timeout(deadline))??;
+    Ok(if gone { End::Gone } else { End::Resting })
+}
+
+struct Session {
+    spec: Arc<Spec>,
+    sandbox: SandboxDirectory,
+    temporary: bool,
+    record: Record,
+    live: RefCell<Live>,
+    /// The machine is being ended: its death is no news.
+    ending: Cell<bool>,
+}
+
+impl Session {
+    fn enter(&self, phase: Phase) -> Result<(), Problem> {
+        self.live.borrow_mut().phase = phase;
+        self.sandbox.write_live(&self.live.borrow()).map_err(io("write the sandbox's state"))
+    }
+
+    /// Leaves the directory as that of a stopped sandbox.
+    fn rest(&self, in_order: bool) {
+        if in_order {
+            self.record.say("stopped", "");
+        }
+        crate::executions::mark_lost(self.sandbox.path());
+        for name in [CONTROL_SOCKET, "live.json"] {
+            let _ = std::fs::remove_file(self.sandbox.path().join(name));
+        }
+    }
+
+    async fn live(&self, program: &Path, lease: &mut Lease, lock: &std::fs::File) -> Result<Wish, Problem> {
+        self.enter(Phase::Starting)?;
+        let listener = UnixListener::bind(CONTROL_SOCKET).map_err(io("open the control socket"))?;
+        let terminate = signal(SignalKind::terminate()).map_err(io("listen to signals"))?;
+        let exports = Arc::new(Exports::open(&self.spec, &self.sandbox)?);
+        tracing::debug!("the supervisor is up");
+        let reach = Reach {
+            read: exports.read_roots(),
+            write: exports.write_roots(),
+            own: self.sandbox.path().to_owned(),
+        };
+        let (log, watched) = (self.record.console(), reach.clone());
+        let watchers = move || confine_thread(&watched);
+        let started = machine::start(&self.spec, &self.sandbox, program, lock, log, watchers).await?;
+        {
+            let mut live = self.live.borrow_mut();
+            live.machine = Some(started.machine.process());
+            live.accelerator = Some(started.accelerator.name().to_owned());
+        }
+        self.enter(Phase::Starting)?;
+        confine(&reach).map_err(|message| {
+            plain("confinement", format!("the supervisor cannot confine itself: {message}"), None)
+        })?;
+        tracing::debug!("the machine's process runs");
+        let machine = started.machine;
+        let deadline = boot_deadline(started.accelerator);
+        let wish = Rc::new(RefCell::new(None));
+        let talk = self.converse(&exports, &listener, started.stream, deadline, lease, terminate, &wish);
+        let ended = tokio::select! {
+            result = talk => result,
+            exit = machine.wait() => {
+                if self.ending.get() { Ok(()) } else { Err(machine_ended(&exit.to_string())) }
             }
+        };
+        let outcome = match ended {
+            // A machine that dies takes its port along: its own last words explain more than the broken stream.
+            Err(problem) if problem.code != MACHINE_ENDED => {
+                match tokio::time::timeout(Duration::from_millis(500), machine.wait()).await {
+                    Ok(exit) => Err(machine_ended(&exit.to_string())),
+                    Err(_) => Err(explained(problem, machine.explain())),
+                }
+            }
+            Err(problem) => Err(problem),
+            Ok(()) => Ok(wish.borrow_mut().take().unwrap_or(Wish::LeaseEnded)),
+        };
+        if self.ending.get() {
+            // It was asked to; what it has not written by now it never will.
+            machine.stop(Duration::from_secs(5)).await;
+        } else {
+            machine.kill();
+            // The directory may go only when nothing writes into it any more.
+            let _ = tokio::time::timeout(Duration::from_secs(5), machine.wait()).await;
+        }
+        if !self.temporary {
+            self.write_back();
+        }
+        outcome
+    }
+
+    /// What the machine's process wrote reaches the host's disk before the sandbox counts as stopped.
+    fn write_back(&self) {
+        let disk = self.sandbox.path().join(crate::disk::FILE_NAME);
+        let synced = std::fs::File::open(&disk).and_then(|disk| disk.sync_all());
+        if let Err(error) = synced {
+            self.record.say("warning", &format!("the writable layer could not be written back: {error}"));
+        }
+    }
+
+    /// Greets and configures the guest, serves clients until there is a reason to end, and ends in order.
+    #[allow(clippy::too_many_arguments)]
+    async fn converse(
+        &self,
+        exports: &Arc<Exports>,
+        listener: &UnixListener,
+        stream: UnixStream,
+        deadline: Duration,
+        lease: &mut Lease,
+        terminate: Signal,
+        wish: &RefCell<Option<Wish>>,
+    ) -> Result<(), Problem> {
+        let mut port = Port::new(stream);
+        tokio::select! {
+            greeting = tokio::time::timeout(deadline, port.greet(1)) => match greeting {
+                Ok(Ok(answer)) => tracing::debug!("the agent greets, kernel {}", answer.kernel),
+                Ok(Err(error)) => return Err(problem("boot", &error, None)),
+                Err(_) => return Err(boot_timeout(deadline)),
+            },
             () = lease.ended() => return Ok(()),
         }
-        tracing::debug!("the guest is configured");
-        lease.send(&Event::Ready).await;
-        tokio::select! {
-            never = accept(listener, &opener) => match never {},
-            wish = lease.wish() => match wish {
-                Wish::Gone => Ok(()),
-                Wish::Finish => {
-                    let event = tokio::select! {
-                        event = finish(spec, directory, exports, &opener) => event,
-                        () = lease.ended() => return Ok(()),
-                    };
-                    lease.send(&event).await;
-                    lease.ended().await;
-                    Ok(())
+        let (opener, driver) = mux::host(port.session());
+        let talk = async {
+            tokio::select! {
+                configured = tokio::time::timeout(deadline, configure(self.configuration(), exports, &opener)) => {
+                    configured.map_err(|_| boot_timeout(deadline))??;
                 }
-            },
+                () = lease.ended() => return Ok(()),
+            }
+            tracing::debug!("the guest is configured");
+            self.enter(Phase::Running)?;
+            let how = self.live.borrow().accelerator.clone().unwrap_or_default();
+            self.record.say("started", &how);
+            lease.send(&Event::Ready).await;
+            let (stops, stop_requests) = mpsc::channel(16);
+            let clients = Arc::new(Clients::new(
+                opener.clone(),
+                self.spec.clone(),
+                self.sandbox.path().to_owned(),
+                exports.clone(),
+                stops,
+            ));
+            let reason = tokio::select! {
+                never = clients::accept(listener, &clients) => match never {},
+                reason = self.reason(lease, exports, &opener, terminate, stop_requests) => reason,
+            };
+            let grace_ms = match &reason {
+                Wish::Stop(stop) => stop.grace_ms,
+                Wish::LeaseEnded | Wish::Expired => GRACE_MS,
+            };
+            let in_order = !self.temporary && !matches!(reason, Wish::Expired);
+            *wish.borrow_mut() = Some(reason);
+            if in_order {
+                // A full disk must not keep the guest from its own.
+                if let Err(problem) = self.enter(Phase::Stopping) {
+                    self.record.say("warning", &problem.message);
+                }
+                self.ending.set(true);
+                self.shut_down(&opener, grace_ms).await;
+            }
+            Ok(())
+        };
+        tokio::select! {
+            result = talk => result,
+            error = driver => if self.ending.get() { Ok(()) } else { Err(broken_by_guest(&error)) },
         }
-    };
-    tokio::select! {
-        result = talk => result,
-        error = driver => Err(broken_by_guest(&error)),
+    }
+
+    fn configuration(&self) -> Configure {
+        let mut wish = configuration(&self.spec);
+        if !lifecycle::is_initialised(self.sandbox.path()) {
+            wish.files.extend(self.spec.files.iter().map(|file| File {
+                path: ByteBuf::from(file.path.as_os_str().as_encoded_bytes()),
+                mode: file.mode,
+                content: file.content.clone(),
+            }));
+        }
+        wish
+    }
+
+    /// Waits until there is a reason to end.
+    async fn reason(
+        &self,
+        lease: &mut Lease,
+        exports: &Arc<Exports>,
+        opener: &Opener,
+        mut terminate: Signal,
+        mut stops: mpsc::Receiver<Stop>,
+    ) -> Wish {
+        let mut leased = true;
+        loop {
+            tokio::select! {
+                input = lease.input(), if leased => match input {
+                    None => return Wish::LeaseEnded,
+                    Some(LeaseInput::LiveOn) => {
+                        leased = false;
+                        lease.send(&Event::Ready).await;
+                    }
+                    Some(LeaseInput::Finish) => {
+                        let event = tokio::select! {
+                            event = self.finish(exports, opener) => event,
+                            () = lease.ended() => return Wish::LeaseEnded,
+                        };
+                        lease.send(&event).await;
+                        lease.ended().await;
+                        return Wish::LeaseEnded;
+                    }
+                },
+                Some(stop) = stops.recv() => return Wish::Stop(stop),
+                _ = terminate.recv() => return Wish::Stop(Stop { grace_ms: GRACE_MS, client: None }),
+                () = self.expiry() => return Wish::Expired,
+            }
+        }
+    }
+
+    /// Waits until the sandbox's time is up.
+    async fn expiry(&self) {
+        loop {
+            let left = deadline::read(self.sandbox.path()).map(|deadline| deadline.left(&Clocks::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return;
+            }
+            tokio::time::sleep(left.unwrap_or(GLANCE).min(GLANCE)).await;
+        }
+    }
+
+    /// Collects the changes of a copy-on-write workspace.
+    async fn finish(&self, exports: &Exports, opener: &Opener) -> Event {
+        let shared = self.spec.workspace.as_ref();
+        if shared.is_none_or(|workspace| workspace.mode != WorkspaceMode::Cow) {
+            return Event::Finished { changes: 0, problem: None };
+        }
+        let directory = self.sandbox.path();
+        match collect::changes(opener, Programs::End, &self.spec, directory, exports).await {
+            Ok(changes) => Event::Finished { changes, problem: None },
+            Err(problem) => Event::Finished { changes: 0, problem: Some(problem) },
+        }
+    }
+
+    /// Has the guest end its programs and write back. One that does not is ended anyhow: its journal holds what it wrote.
+    async fn shut_down(&self, opener: &Opener, grace_ms: u32) {
+        let limit = Duration::from_millis(u64::from(grace_ms)) + SHUTDOWN_PATIENCE;
+        let ask = async {
+            let mut stream = opener.open().await.ok()?;
+            frame::write(&mut stream, &Request::Shutdown { grace_ms }).await.ok()?;
+            frame::read::<Reply, _>(&mut stream).await.ok()
+        };
+        if tokio::time::timeout(limit, ask).await.is_err() {
+            self.record.say("warning", "the guest did not shut down in time and was ended");
+        }
     }
 }
 
@@ -172,6 +380,18 @@ fn broken_by_guest(error: &dyn std::error::Error) -> Problem {
     plain("guest-protocol", format!("the guest broke its agent's protocol: {cause}"), Some(hint))
 }
 
+/// Adds what the console says.
+fn explained(mut problem: Problem, words: Option<String>) -> Problem {
+    if let Some(words) = words {
+        problem.message = format!("{}; its console says: {words}", problem.message);
+    }
+    problem
+}
+
+fn machine_ended(reason: &str) -> Problem {
+    plain(MACHINE_ENDED, format!("the machine ended: {reason}"), None)
+}
+
 fn boot_timeout(deadline: Duration) -> Problem {
     plain(
         "boot-timeout",
@@ -181,11 +401,11 @@ fn boot_timeout(deadline: Duration) -> Problem {
 }
 
 /// Serves the files, tells the machine who it is, and waits until it is ready.
-async fn configure(spec: &Spec, exports: &Exports, opener: &Opener) -> Result<(), Problem> {
+async fn configure(wish: Configure, exports: &Exports, opener: &Opener) -> Result<(), Problem> {
     let wire = |error: &dyn std::error::Error| problem("guest-protocol", error, None);
     for export in exports.iter() {
         let mut stream = opener.open().await.map_err(|error| wire(&error))?;
-        let request = Request::FileSystem { tag: export.tag.to_owned(), read_only: export.read_only };
+        let request = Request::FileSystem { tag: export.tag.clone(), read_only: export.read_only };
         frame::write(&mut stream, &request).await.map_err(|error| wire(&error))?;
         let server = export.server.clone();
         tokio::spawn(async move {
@@ -197,7 +417,7 @@ async fn configure(spec: &Spec, exports: &Exports, opener: &Opener) -> Result<()
         });
     }
     let mut stream = opener.open().await.map_err(|error| wire(&error))?;
-    let request = Request::Configure(Box::new(configuration(spec)));
+    let request = Request::Configure(Box::new(wish));
     frame::write(&mut stream, &request).await.map_err(|error| wire(&error))?;
     match frame::read::<Reply, _>(&mut stream).await.map_err(|error| wire(&error))? {
         Reply::Done => Ok(()),
@@ -211,75 +431,21 @@ fn configuration(spec: &Spec) -> Configure {
     let mut entropy = vec![0; 64];
     fill_random(&mut entropy);
     let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    let mounts = spec.workspace.iter().map(|workspace| Mount {
-        tag: Exports::WORKSPACE.into(),
-        target: ByteBuf::from(workspace.root.as_os_str().as_encoded_bytes()),
-        mode: match workspace.mode {
-            WorkspaceMode::Cow => MountMode::CopyOnWrite,
-            WorkspaceMode::Rw => MountMode::ReadWrite,
-            WorkspaceMode::Ro | WorkspaceMode::None => MountMode::ReadOnly,
-        },
-    });
     Configure {
         hostname: spec.name.clone(),
         unix_time_ns: u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX),
         entropy: ByteBuf::from(entropy),
-        machine_id: fresh_machine_id(),
+        machine_id: spec.machine_id.clone(),
         root: match &spec.image {
             Image::Host { .. } => Root::FileSystem { tag: Exports::HOST.into() },
             Image::Disk { .. } => Root::Disk { serial: machine::IMAGE_SERIAL.into() },
         },
         writable: Writable::Disk { serial: machine::WRITABLE_SERIAL.into() },
-        mounts: mounts.collect(),
+        read_only: spec.read_only_root,
+        process_limit: spec.process_limit(),
+        mounts: mounts(spec),
         directories: spec.directories(),
-        files: spec.files(),
-    }
-}
-
-/// Collects the changes of a copy-on-write workspace.
-async fn finish(spec: &Spec, directory: &Path, exports: &Exports, opener: &Opener) -> Event {
-    let Some(workspace) = spec.workspace.as_ref().filter(|workspace| workspace.mode == WorkspaceMode::Cow)
-    else {
-        return Event::Finished { changes: 0, problem: None };
-    };
-    match collect::changes(opener, WORKSPACE_MOUNT, spec, workspace, directory, exports).await {
-        Ok(changes) => Event::Finished { changes, problem: None },
-        Err(problem) => Event::Finished { changes: 0, problem: Some(problem) },
-    }
-}
-
-/// Serves clients for ever.
-async fn accept(listener: &UnixListener, opener: &Opener) -> std::convert::Infallible {
-    let places = Arc::new(Semaphore::new(CLIENT_LIMIT));
-    loop {
-        // The semaphore is never closed.
-        let place = places.clone().acquire_owned().await;
-        match listener.accept().await {
-            Ok((client, _)) => {
-                let opener = opener.clone();
-                tokio::spawn(async move {
-                    if let Err(error) = serve_client(client, &opener).await {
-                        tracing::warn!("a client was refused: {}", error.message);
-                    }
-                    drop(place);
-                });
-            }
-            // Out of descriptors, or the client was gone already: neither is a reason to spin.
-            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
-        }
-    }
-}
-
-async fn serve_client(mut client: UnixStream, opener: &Opener) -> Result<(), Problem> {
-    let refused = |error: &dyn std::error::Error| problem("control", error, None);
-    let request = tokio::time::timeout(Duration::from_secs(5), frame::read(&mut client)).await;
-    match request.map_err(|error| refused(&error))?.map_err(|error| refused(&error))? {
-        ControlRequest::Exec(exec) => {
-            let mut stream = opener.open().await.map_err(|error| refused(&error))?;
-            frame::write(&mut stream, &Request::Exec(exec)).await.map_err(|error| refused(&error))?;
-            relay::relay_execution(client, stream).await;
-            Ok(())
-        }
+        files: spec.identity_files(),
     }
 }
 
@@ -287,11 +453,6 @@ async fn serve_client(mut client: UnixStream, opener: &Opener) -> Result<(), Pro
 struct Lease {
     reader: tokio::net::unix::OwnedReadHalf,
     writer: tokio::net::unix::OwnedWriteHalf,
-}
-
-enum Wish {
-    Finish,
-    Gone,
 }
 
 impl Lease {
@@ -306,15 +467,13 @@ impl Lease {
         let _ = frame::write(&mut self.writer, event).await;
     }
 
-    async fn wish(&mut self) -> Wish {
-        match frame::read(&mut self.reader).await {
-            Ok(LeaseInput::Finish) => Wish::Finish,
-            Err(_) => Wish::Gone,
-        }
+    /// What the holder wishes next; `None` once it is gone.
+    async fn input(&mut self) -> Option<LeaseInput> {
+        frame::read(&mut self.reader).await.ok()
     }
 
     /// Waits until the holder is gone.
     async fn ended(&mut self) {
-        while matches!(self.wish().await, Wish::Finish) {}
+        while self.input().await.is_some() {}
     }
 }

@@ -283,6 +283,11 @@ impl ChangeSet {
         rustix::fs::statat(&self.handle, APPLYING, AtFlags::SYMLINK_NOFOLLOW).is_ok()
     }
 
+    /// The same of the set in `directory`, without reading it.
+    pub(super) fn is_applying_in(directory: &Path) -> bool {
+        directory.join(APPLYING).symlink_metadata().is_ok()
+    }
+
     /// Notes that an apply begins or ends.
     pub(super) fn set_applying(&self, applying: bool) -> Result<(), ChangeSetError> {
         let set = || match applying {

@@ -24,6 +24,8 @@ use super::changes::{ChangeSet, ChangeSetError, random_hex, remove_set};
 const LAST: &str = "last";
 const NEW: &str = "last.new-";
 const OLD: &str = "last.old-";
+/// How often a set that vanishes while it is read is tried again.
+const RELOADS: usize = 100;
 /// A set this young may belong to a process that is between two steps.
 const ABANDONED_AFTER: Duration = Duration::from_secs(60);
 
@@ -100,11 +102,16 @@ impl LastChanges {
     /// There is one that cannot be read.
     pub fn load(&self) -> Result<Option<ChangeSet>, ChangeSetError> {
         let last = self.state.join(LAST);
-        match ChangeSet::load(&last) {
-            Ok(set) => Ok(Some(set)),
-            Err(error) if error.is_absent() => self.load_former(&last),
-            Err(error) => Err(error),
+        for _ in 0..RELOADS {
+            match ChangeSet::load(&last) {
+                Ok(set) => return Ok(Some(set)),
+                // It was exchanged for another and removed between two steps of reading it.
+                Err(error) if error.is_absent() && last.exists() => {}
+                Err(error) if error.is_absent() => return self.load_former(&last),
+                Err(error) => return Err(error),
+            }
         }
+        Ok(None)
     }
 
     /// A process that died between two renames left no last set but the former one.

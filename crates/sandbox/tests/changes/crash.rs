@@ -4,7 +4,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::process::Command;
 use std::time::Duration;
 
-use agentkernel_sandbox::workspace::{ChangeSet, apply, repair_apply};
+use agentkernel_sandbox::workspace::{ChangeSet, apply, repair};
 
 use crate::project::*;
 
@@ -61,11 +61,11 @@ fn a_killed_apply_is_finished_by_the_next() {
         std::thread::sleep(Duration::from_millis(round * round));
         child.kill().unwrap();
         killed += usize::from(!child.wait().unwrap().success());
-        let mut set = ChangeSet::load(&set).unwrap();
         if round % 2 == 0 {
-            repair_apply(&mut set).unwrap();
+            repair(&set).unwrap();
             project.assert_tidy();
         }
+        let mut set = ChangeSet::load(&set).unwrap();
         let report = apply(&mut set, &take_all()).unwrap();
         assert!(report.is_complete(), "round {round}: {report:?}");
         assert_eq!(project.nodes(), expected, "round {round}");

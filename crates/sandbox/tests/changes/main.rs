@@ -4,4 +4,5 @@ mod crash;
 mod hostile;
 mod model;
 mod project;
+mod review;
 mod rules;

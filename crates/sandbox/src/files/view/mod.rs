@@ -3,12 +3,14 @@
 //! An entry is judged together with its path, and only where everything above it is shown. What a view hides
 //! does not exist for the guest: lookups find nothing and listings leave it out.
 
+pub(super) mod directory;
 pub(super) mod host_image;
 pub(super) mod secrets;
 pub(super) mod workspace;
 
 use rustix::fs::{FileType, Stat};
 
+use directory::DirectoryView;
 use host_image::HostImageView;
 use workspace::WorkspaceView;
 
@@ -43,6 +45,7 @@ pub(super) enum Listing {
 pub(super) enum View {
     HostImage(HostImageView),
     Workspace(WorkspaceView),
+    Directory(DirectoryView),
 }
 
 impl View {
@@ -52,6 +55,7 @@ impl View {
             || match self {
                 Self::HostImage(view) => view.shows(path, facts),
                 Self::Workspace(view) => view.shows(path, facts.kind),
+                Self::Directory(view) => view.shows(path, facts.kind),
             }
     }
 
@@ -59,7 +63,7 @@ impl View {
     pub(super) fn still_admits(&self, path: &[u8], facts: Facts) -> bool {
         match self {
             Self::HostImage(view) => path.is_empty() || view.admits(path, facts),
-            Self::Workspace(_) => true,
+            Self::Workspace(_) | Self::Directory(_) => true,
         }
     }
 
@@ -67,7 +71,7 @@ impl View {
     pub(super) fn listing(&self, path: &[u8], facts: Facts) -> Listing {
         match self {
             Self::HostImage(view) => view.listing(path, facts),
-            Self::Workspace(_) => Listing::Host,
+            Self::Workspace(_) | Self::Directory(_) => Listing::Host,
         }
     }
 
@@ -75,7 +79,7 @@ impl View {
     pub(super) fn mode(&self, path: &[u8], mode: u32) -> u32 {
         match self {
             Self::HostImage(view) => view.mode(path, mode),
-            Self::Workspace(_) => mode,
+            Self::Workspace(_) | Self::Directory(_) => mode,
         }
     }
 

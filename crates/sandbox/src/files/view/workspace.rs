@@ -41,15 +41,19 @@ impl WorkspaceView {
     }
 
     pub(super) fn shows(&self, path: &[u8], kind: FileType) -> bool {
-        let known = matches!(
+        Self::is_known(kind) && !self.hides(path, kind == FileType::Directory)
+    }
+
+    /// Kinds that are shown: no device of the host.
+    pub(super) fn is_known(kind: FileType) -> bool {
+        matches!(
             kind,
             FileType::RegularFile
                 | FileType::Directory
                 | FileType::Symlink
                 | FileType::Fifo
                 | FileType::Socket
-        );
-        known && !self.hides(path, kind == FileType::Directory)
+        )
     }
 
     fn hides(&self, path: &[u8], is_directory: bool) -> bool {

@@ -26,8 +26,9 @@ use serde::Serialize;
 
 use self::examine::Verdict;
 use super::changes::{Change, ChangeKind, ChangeSet, ChangeSetError};
+use super::rename::{self, Rename};
 use super::tree::{PERMISSIONS, Tree};
-use super::{Base, BaseTable, RelativePath};
+use super::{Base, RelativePath};
 
 /// What to take.
 #[derive(Clone, Debug, Default)]
@@ -151,6 +152,8 @@ pub struct ApplyReport {
     pub not_applied: Vec<RelativePath>,
     /// Asked for, but nothing in the set is at or beneath them.
     pub unmatched: Vec<PathBuf>,
+    /// Applied removals and additions that are one file moved.
+    pub renames: Vec<Rename>,
     /// Changes left in the set.
     pub remaining: usize,
 }
@@ -165,11 +168,9 @@ impl ApplyReport {
             && self.not_applied.is_empty()
     }
 
-    /// Makes the host's new versions the bases of a sandbox that lives on: its next changes start from them.
-    pub fn rebase(&self, bases: &BaseTable) {
-        for applied in &self.applied {
-            bases.replace(applied.path.as_path(), applied.base);
-        }
+    /// What the applied paths are on the host now: the bases of a sandbox that lives on.
+    pub fn rebased(&self) -> Vec<(RelativePath, Option<Base>)> {
+        self.applied.iter().map(|applied| (applied.path.clone(), applied.base)).collect()
     }
 }
 
@@ -233,9 +234,13 @@ pub fn apply(set: &mut ChangeSet, options: &ApplyOptions) -> Result<ApplyReport,
     if lock.is_some() && !plan.chosen.is_empty() {
         set.set_applying(true)?;
     }
+    // While both versions are still there to be compared.
+    let renames = rename::renames(&tree, run.set);
     run.all(&plan.chosen);
     run.finish(&plan.chosen);
     let mut report = run.report;
+    let applied: HashSet<&Path> = report.applied.iter().map(|applied| applied.path.as_path()).collect();
+    report.renames = rename::within(renames, &applied);
     if lock.is_some() {
         let done: HashSet<&RelativePath> = report.applied.iter().map(|applied| &applied.path).collect();
         match set.take_out(|change| done.contains(&change.path)) {
@@ -250,19 +255,20 @@ pub fn apply(set: &mut ChangeSet, options: &ApplyOptions) -> Result<ApplyReport,
     Ok(report)
 }
 
-/// Clears what an apply that died left in the workspace under temporary names. Does nothing to a set that is being
-/// applied or was never.
+/// Clears what an apply of the set in `directory` that died left in the workspace under temporary names. Does nothing,
+/// quickly, if there is no set, or none whose apply died.
 ///
 /// # Errors
 /// The workspace cannot be entered, or the set cannot be used.
-pub fn repair_apply(set: &mut ChangeSet) -> Result<(), ApplyError> {
-    if !set.is_applying() {
+pub fn repair(directory: &Path) -> Result<(), ApplyError> {
+    if !ChangeSet::is_applying_in(directory) {
         return Ok(());
     }
-    let _lock = begin(set)?;
+    let mut set = ChangeSet::load(directory)?;
+    let _lock = begin(&mut set)?;
     let tree = Tree::open(set.workspace())
         .map_err(|source| ApplyError::Workspace { path: set.workspace().to_owned(), source })?;
-    repair::repair(&tree, set);
+    repair::repair(&tree, &set);
     set.set_applying(false)?;
     Ok(())
 }

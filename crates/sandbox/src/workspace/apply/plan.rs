@@ -60,7 +60,7 @@ pub(super) fn plan<'a>(tree: &Tree, entries: &'a [Change], options: &ApplyOption
 }
 
 impl ApplyOptions {
-    fn chooses(&self, path: &RelativePath) -> bool {
+    pub(in super::super) fn chooses(&self, path: &RelativePath) -> bool {
         let beneath = |above: &PathBuf| path.as_path().starts_with(above);
         (self.paths.is_empty() || self.paths.iter().chain(&self.named).any(beneath))
             && !self.exclude.iter().any(beneath)

@@ -1,6 +1,6 @@
-//! Lists an upper layer: what was changed in a copy-on-write mount.
+//! Sends a tree: an upper layer, to tell what was changed in a copy-on-write mount, or what is copied to the host.
 //!
-//! The layer is read as overlayfs writes it: a character device 0/0 stands for something removed, and the attribute
+//! A layer is read as overlayfs writes it: a character device 0/0 stands for something removed, and the attribute
 //! `trusted.overlay.opaque` for a directory through which nothing shows.
 
 use std::ffi::{CString, OsString};
@@ -8,10 +8,11 @@ use std::fs::File;
 use std::io::{Error, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
 use std::sync::Arc;
 
 use agentkernel_protocol::frame::{self, CHUNK, FrameError};
-use agentkernel_protocol::message::Change;
+use agentkernel_protocol::message::Entry;
 use agentkernel_protocol::mux::Stream;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
 use serde_bytes::ByteBuf;
@@ -23,14 +24,57 @@ const OPAQUE: &str = "trusted.overlay.opaque";
 /// Deepest directory that is listed; deeper ones have paths longer than any program can use.
 const DEPTH_LIMIT: usize = 2048;
 
-/// Sends all changes, then `End`.
-pub(crate) async fn serve(upper: Arc<OwnedFd>, mut stream: Stream) -> Result<(), FrameError> {
+/// Files up to this size are read to their end before their size is told, bytes.
+const SMALL: u64 = 64 << 10;
+/// Longest file without a size, as those of `/proc` are, bytes.
+const SIZELESS_LIMIT: u64 = 4 << 20;
+
+/// Sends what is in a layer, then `End`.
+pub(crate) async fn send_layer(upper: Arc<OwnedFd>, stream: Stream) -> Result<(), FrameError> {
+    serve(stream, move |send| walk(rustix::fs::openat(&upper, ".", directory_flags(), Mode::empty())?, send))
+        .await
+}
+
+/// Sends the thing at `path` with all that is in it, then `End`.
+pub(crate) async fn send_copy(path: Vec<u8>, stream: Stream) -> Result<(), FrameError> {
+    serve(stream, move |send| {
+        let (parent, name) = split(&path)?;
+        match report(&parent, &name, b"", send)? {
+            Some(directory) => walk(directory, send),
+            None => Ok(()),
+        }
+    })
+    .await
+}
+
+/// The directory that `path` is in, and its name there. A path that ends in `/` is followed, and is `.` in itself.
+fn split(path: &[u8]) -> Result<(OwnedFd, OsString), Error> {
+    let path = Path::new(std::ffi::OsStr::from_bytes(path));
+    if !path.is_absolute() {
+        return Err(Error::other(format!("{} is no absolute path", path.display())));
+    }
+    let (parent, name) = match (path.parent(), path.file_name()) {
+        (Some(parent), Some(name)) if !path.as_os_str().as_bytes().ends_with(b"/") => {
+            (parent, name.to_owned())
+        }
+        _ => (path, OsString::from(".")),
+    };
+    let parent = rustix::fs::open(parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| Error::other(format!("{}: {}", parent.display(), Error::from(error))))?;
+    Ok((parent, name))
+}
+
+/// Sends what `walk` reports, then `End`.
+async fn serve<W>(mut stream: Stream, walk: W) -> Result<(), FrameError>
+where
+    W: FnOnce(&mut dyn FnMut(Entry) -> Result<(), Error>) -> Result<(), Error> + Send + 'static,
+{
     let (sender, mut receiver) = mpsc::channel(16);
     let walk = spawn_blocking(move || {
         let mut send = |change| sender.blocking_send(change).map_err(|_| Error::other("the host is gone"));
-        let last = match walk(&upper, &mut send) {
-            Ok(()) => Change::End,
-            Err(error) => Change::Failed { message: error.to_string() },
+        let last = match walk(&mut send) {
+            Ok(()) => Entry::End,
+            Err(error) => Entry::Failed { message: error.to_string() },
         };
         let _ = send(last);
     });
@@ -50,9 +94,8 @@ struct Level {
     path_length: usize,
 }
 
-/// Walks the layer, parents before children, names in order.
-fn walk(upper: &OwnedFd, send: &mut dyn FnMut(Change) -> Result<(), Error>) -> Result<(), Error> {
-    let root = rustix::fs::openat(upper, ".", directory_flags(), Mode::empty())?;
+/// Walks the tree below `root`, parents before children, names in order.
+fn walk(root: OwnedFd, send: &mut dyn FnMut(Entry) -> Result<(), Error>) -> Result<(), Error> {
     let mut path = Vec::new();
     let mut levels = vec![Level { names: names(&root)?, directory: root, path_length: 0 }];
     while let Some(level) = levels.last_mut() {
@@ -80,39 +123,50 @@ fn report(
     parent: &OwnedFd,
     name: &OsString,
     path: &[u8],
-    send: &mut dyn FnMut(Change) -> Result<(), Error>,
+    send: &mut dyn FnMut(Entry) -> Result<(), Error>,
 ) -> Result<Option<OwnedFd>, Error> {
-    let stat = rustix::fs::statat(parent, name.as_os_str(), AtFlags::SYMLINK_NOFOLLOW)?;
+    let stat = rustix::fs::statat(parent, name.as_os_str(), AtFlags::SYMLINK_NOFOLLOW)
+        .map_err(|error| Error::other(format!("{}: {}", name.display(), Error::from(error))))?;
     let path = ByteBuf::from(path);
     let mode = stat.st_mode & 0o7777;
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::Directory => {
             let directory = rustix::fs::openat(parent, name.as_os_str(), directory_flags(), Mode::empty())?;
-            send(Change::Directory { path, mode, opaque: is_opaque(&directory) })?;
+            send(Entry::Directory { path, mode, opaque: is_opaque(&directory) })?;
             Ok(Some(directory))
         }
         FileType::RegularFile => {
             let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
             let file = File::from(rustix::fs::openat(parent, name.as_os_str(), flags, Mode::empty())?);
-            let size = stat.st_size.cast_unsigned();
             let modified_ns =
                 stat.st_mtime.saturating_mul(1_000_000_000).saturating_add_unsigned(stat.st_mtime_nsec);
-            send(Change::File { path, mode, size, modified_ns })?;
-            send_content(file, size, send).map(|()| None)
+            let size = stat.st_size.cast_unsigned();
+            if size > SMALL {
+                send(Entry::File { path, mode, size, modified_ns })?;
+                return send_content(file, size, send).map(|()| None);
+            }
+            // The kernel's own files say that they are empty, or a page long, and are not.
+            let mut content = Vec::new();
+            file.take(SIZELESS_LIMIT).read_to_end(&mut content)?;
+            send(Entry::File { path, mode, size: content.len() as u64, modified_ns })?;
+            for chunk in content.chunks(CHUNK) {
+                send(Entry::Data(ByteBuf::from(chunk)))?;
+            }
+            Ok(None)
         }
         FileType::Symlink => {
             let target = rustix::fs::readlinkat(parent, name.as_os_str(), Vec::new())?;
-            send(Change::Symlink { path, target: ByteBuf::from(target.into_bytes()) }).map(|()| None)
+            send(Entry::Symlink { path, target: ByteBuf::from(target.into_bytes()) }).map(|()| None)
         }
-        FileType::CharacterDevice if stat.st_rdev == 0 => send(Change::Removed { path }).map(|()| None),
-        _ => send(Change::Special { path }).map(|()| None),
+        FileType::CharacterDevice if stat.st_rdev == 0 => send(Entry::Removed { path }).map(|()| None),
+        _ => send(Entry::Special { path }).map(|()| None),
     }
 }
 
 fn send_content(
     mut file: File,
     size: u64,
-    send: &mut dyn FnMut(Change) -> Result<(), Error>,
+    send: &mut dyn FnMut(Entry) -> Result<(), Error>,
 ) -> Result<(), Error> {
     let mut left = size;
     let mut buffer = vec![0; CHUNK];
@@ -122,7 +176,7 @@ fn send_content(
         if count == 0 {
             return Err(Error::other("a file shrank while it was read"));
         }
-        send(Change::Data(ByteBuf::from(&buffer[..count])))?;
+        send(Entry::Data(ByteBuf::from(&buffer[..count])))?;
         left -= count as u64;
     }
     Ok(())
@@ -165,15 +219,15 @@ mod tests {
         std::os::unix::fs::symlink("/nowhere", at("c")).unwrap();
         let odd = std::ffi::OsStr::from_bytes(b"\xff\n");
         std::fs::write(layer.path().join(odd), b"odd").unwrap();
-        let root = rustix::fs::open(layer.path(), directory_flags(), Mode::empty()).unwrap();
+        let root = || rustix::fs::open(layer.path(), directory_flags(), Mode::empty()).unwrap();
         let mut seen = Vec::new();
         let mut bytes = 0;
-        walk(&root, &mut |change| {
+        walk(root(), &mut |change| {
             match change {
-                Change::Data(data) => bytes += data.len(),
-                Change::File { path, size, .. } => seen.push((path.into_vec(), size)),
-                Change::Directory { path, opaque, .. } => seen.push((path.into_vec(), u64::from(opaque))),
-                Change::Symlink { path, target } => seen.push((path.into_vec(), target.len() as u64)),
+                Entry::Data(data) => bytes += data.len(),
+                Entry::File { path, size, .. } => seen.push((path.into_vec(), size)),
+                Entry::Directory { path, opaque, .. } => seen.push((path.into_vec(), u64::from(opaque))),
+                Entry::Symlink { path, target } => seen.push((path.into_vec(), target.len() as u64)),
                 other => panic!("{other:?}"),
             }
             Ok(())

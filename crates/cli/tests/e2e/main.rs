@@ -5,10 +5,13 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod bad_input;
+mod executions;
 mod faults;
 mod host;
 mod image;
 mod isolation;
+mod living;
+mod living_faults;
 mod running;
 mod streams;
 mod terminal;

@@ -1,18 +1,21 @@
 #!/usr/bin/env python3
 """Measures agentkernel, and Docker beside it on the same machine in the same run.
 
-    make bench            (as root, because Docker's daemon needs it)
+    make bench                              (as root, because Docker's daemon needs it)
     bench/bench.py --without-docker
+    bench/bench.py --only list,exec         some of the sections: --help lists them
 
 Prints a table and writes every single figure to bench-results/<time>.json. What is compared takes turns (A B A B), so
 that a busy moment of the host meets both. Docker's daemon is one of our own: its data, sockets and containers lie in a
-temporary directory, it makes no bridge and no firewall rule, and it is gone afterwards, also after Ctrl-C.
+temporary directory, it makes no bridge and no firewall rule, and it is gone afterwards, also after Ctrl-C. So is
+agentkernel's state: it lies in the build's directory, where the kernel is kept for the next time.
 """
 
 import argparse
 import contextlib
 import ctypes
 import datetime
+import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +28,8 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,16 +39,22 @@ LIMIT = 600
 MIB = 1 << 20
 STREAM_BLOCKS = 1024
 PR_SET_CHILD_SUBREAPER = 36
+# What `list` meets.
+LISTED = 1000
+# How many live at once, how large, how many are started at a time.
+ALIVE, ALIVE_MEMORY, ALIVE_STARTING = 20, "256M", 2
+# The large workspace: directories, files in each, bytes of a file.
+DIRECTORIES, FILES, FILE_BYTES = 500, 100, 1024
 
 
 def fail(text):
     sys.exit(f"error: {text}")
 
 
-def run(command, **options):
-    """Runs a command that must succeed; returns what it printed."""
+def run(command, codes=(0,), **options):
+    """Runs a command that must end with one of `codes`; returns what it printed."""
     done = subprocess.run(command, capture_output=True, timeout=LIMIT, stdin=subprocess.DEVNULL, **options)
-    if done.returncode != 0:
+    if done.returncode not in codes:
         said = done.stderr.decode(errors="replace").strip()[-2000:]
         fail(f"{' '.join(map(str, command))} ended with {done.returncode}: {said}")
     return done.stdout
@@ -77,8 +88,6 @@ class Docker:
         self.cgroup = f"agentkernel-bench-{os.getpid()}"
         # What dockerd makes outside the directories it is given.
         self.foreign = [path for path in map(Path, ("/run/docker", "/run/containerd")) if not path.exists()]
-        # Processes that its death orphans become ours, to be ended and reaped.
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     def __enter__(self):
         try:
@@ -187,16 +196,91 @@ class Docker:
 
 
 class Agentkernel:
-    def __init__(self, program, project):
-        self.program, self.project = program, project
+    """The program, with a state directory of its own."""
+
+    def __init__(self, program, project, state):
+        self.program, self.project, self.state = program, project, state
+
+    def __enter__(self):
+        # What an interrupted bench left there.
+        self.remove_all()
+        return self
+
+    def __exit__(self, *_):
+        self.remove_all()
+        reap_ended()
+
+    def remove_all(self):
+        command = [self.program, "rm", "--force", "--all"]
+        subprocess.run(command, capture_output=True, timeout=LIMIT, stdin=subprocess.DEVNULL)
+
+    def command(self, *words):
+        return [self.program, *words]
+
+    def call(self, *words, **options):
+        return run(self.command(*words), cwd=self.project, **options)
 
     def run_command(self, *words):
-        return [self.program, "run", "--quiet", "--", *words]
+        return self.command("run", "--quiet", "--", *words)
+
+    def exec_command(self, name, *words, user=None):
+        return self.command("exec", "--quiet", *(("--user", user) if user else ()), name, "--", *words)
 
     def benchmark(self, count, *words):
         """Figures of `count` executions in one machine."""
         flags = ["--json", "--count", str(count), "--workspace", "none"]
-        return json.loads(run([self.program, "benchmark", *flags, "--", *words], cwd=self.project))
+        return json.loads(self.call("benchmark", *flags, "--", *words))
+
+    @contextlib.contextmanager
+    def sandbox(self, name, *flags, directory=None):
+        """A live sandbox, removed afterwards."""
+        run(self.command("create", name, "--quiet", *flags), cwd=directory or self.project)
+        try:
+            yield name
+        finally:
+            subprocess.run(self.command("rm", "--force", name), capture_output=True, timeout=LIMIT)
+
+
+def reap_ended():
+    """Supervisors whose client is gone are children of ours, as they would be init's."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0] != 0:
+            pass
+
+
+def descendants(process):
+    for task in Path(f"/proc/{process}/task").glob("*"):
+        with contextlib.suppress(OSError):
+            for child in map(int, (task / "children").read_text().split()):
+                yield child
+                yield from descendants(child)
+
+
+def holdings(agentkernel, apart):
+    """What this bench and all it started hold, without the tree of the process `apart`: Docker's daemon."""
+    reap_ended()
+    foreign = {apart, *descendants(apart)} if apart else set()
+    processes = [child for child in descendants(os.getpid()) if child not in foreign]
+    descriptors = 0
+    for process in (os.getpid(), *processes):
+        with contextlib.suppress(OSError):
+            descriptors += len(os.listdir(f"/proc/{process}/fd"))
+    files, size = 0, 0
+    for inner, directories, names in os.walk(agentkernel.state):
+        for name in (*directories, *names):
+            with contextlib.suppress(OSError):
+                size += os.lstat(os.path.join(inner, name)).st_blocks * 512
+                files += 1
+    return {"processes": len(processes), "descriptors": descriptors, "state_files": files, "state_bytes": size}
+
+
+def proportional_bytes(process):
+    """What a process takes of the memory, pages shared with others divided among them."""
+    with contextlib.suppress(OSError, TypeError):
+        for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) << 10
+    return 0
 
 
 def status_of(process, name):
@@ -289,51 +373,213 @@ def stream(agentkernel):
 # ---- the run --------------------------------------------------------------------------------------------------------
 
 
-def measure(agentkernel, docker, rounds):
-    """Every figure, raw. Times in ms."""
-    raw = {name: [] for name in ("run_true", "run_python", "exec_true", "start", "python_first", "python_second")}
-    raw |= {name: [] for name in ("docker_run_true", "docker_exec_true", "client_start", "docker_client_start")}
-    raw |= {"machine_rss_bytes": [], "supervisor_rss_bytes": []}
+# A section measures some figures and returns them raw. Times in ms.
+
+
+def section_cold(agentkernel, docker, options):
+    """a machine for one command, from nothing"""
+    raw = {"run_true": [], "docker_run_true": [], "run_python": []}
     inside = {"cwd": agentkernel.project}
-    say("warming up: kernel, disk template, page cache")
-    run([agentkernel.program, "setup"])
+    say("warming up: disk template, page cache")
     run(agentkernel.run_command("true"), **inside)
     if docker:
         run(docker.run_command("true"))
-
-    for number in range(rounds):
-        say(f"run -- true, {number + 1} of {rounds}")
+    for number in range(options.rounds):
+        say(f"run -- true, {number + 1} of {options.rounds}")
         raw["run_true"].append(timed(agentkernel.run_command("true"), **inside))
         if docker:
             raw["docker_run_true"].append(timed(docker.run_command("true")))
-    for number in range(max(3, rounds // 2)):
+    for number in range(max(3, options.rounds // 2)):
         say(f"run -- python3 -c pass, {number + 1}")
         raw["run_python"].append(timed(agentkernel.run_command(PYTHON, "-c", "pass"), **inside))
+    return raw
 
+
+def section_exec(agentkernel, docker, options):
+    """a static program in a live sandbox: from a process, from a client that stays, on the agent's own stream"""
+    names = ("exec_process", "docker_exec_process", "exec_true", "agent_true", "start")
+    raw = {name: [] for name in (*names, "client_start", "docker_client_start")}
+    raw |= {"machine_rss_bytes": [], "supervisor_rss_bytes": []}
     container = None
     if docker:
         container = run(docker.command("run", "-d", "--network", "none", docker.IMAGE, "sleep", "86400")).decode().strip()
         run(docker.command("exec", container, "true"))
+    with agentkernel.sandbox("exec", "--workspace", "none") as name:
+        ours = agentkernel.exec_command(name, BUSYBOX, "true")
+        run(ours)
+        for number in range(50):
+            say(f"exec, a process each, {number + 1} of 50")
+            raw["exec_process"].append(timed(ours))
+            raw["client_start"].append(timed([agentkernel.program, "--version"]))
+            if docker:
+                raw["docker_exec_process"].append(timed(docker.command("exec", container, "/bin/busybox", "true")))
+                raw["docker_client_start"].append(timed([docker.client, "--version"]))
     for number in range(4):
         say(f"exec, {number + 1} of 4")
         figures = agentkernel.benchmark(50, BUSYBOX, "true")
         # The first one loads the program into the guest.
         raw["exec_true"] += figures["runs_ms"][1:]
+        raw["agent_true"] += figures["agent_ms"]
         raw["start"].append(figures["start_ms"])
         raw["machine_rss_bytes"].append(figures["machine_rss_bytes"])
         raw["supervisor_rss_bytes"].append(figures["supervisor_rss_bytes"])
-        raw["client_start"] += [timed([agentkernel.program, "--version"]) for _ in range(5)]
-        if docker:
-            raw["docker_exec_true"] += [timed(docker.command("exec", container, "true")) for _ in range(12)]
-            raw["docker_client_start"] += [timed([docker.client, "--version"]) for _ in range(5)]
+    if docker:
+        run(docker.command("rm", "-f", container))
+    return raw
+
+
+def section_python(agentkernel, docker, options):
+    """python3 in a live machine, for the first time and then"""
+    raw = {"python_first": [], "python_second": []}
     for number in range(3):
         say(f"python3 in a live machine, {number + 1} of 3")
         runs = agentkernel.benchmark(10, PYTHON, "-c", "pass")["runs_ms"]
         raw["python_first"].append(runs[0])
         raw["python_second"].append(runs[1])
+    return raw
+
+
+def section_stream(agentkernel, docker, options):
+    """1 GiB of output"""
     say("1 GiB of output")
-    raw["stream"] = stream(agentkernel)
-    return raw, figures
+    return {"stream": stream(agentkernel)}
+
+
+def section_list(agentkernel, docker, options):
+    """list, where there are 1000 sandboxes"""
+    say(f"{LISTED} sandboxes")
+    agentkernel.call("create", "list-0", "--no-start", "--workspace", "none")
+    original = agentkernel.state / "sandboxes/list-0"
+    spec = json.loads((original / "spec.json").read_text())
+    copies = [original]
+    try:
+        for number in range(1, LISTED):
+            # All but the disk, which `list` does not look at.
+            copies.append(original.with_name(f"list-{number}"))
+            shutil.copytree(original, copies[-1], ignore=shutil.ignore_patterns("disk.ext4"))
+            own = spec | {"name": copies[-1].name, "uuid": str(uuid.uuid4())}
+            (copies[-1] / "spec.json").write_text(json.dumps(own))
+        listed = json.loads(agentkernel.call("list", "--json"))
+        if len(listed) != LISTED:
+            fail(f"list shows {len(listed)} of {LISTED} sandboxes")
+        return {"list": [timed(agentkernel.command("list")) for _ in range(20)]}
+    finally:
+        for copy in copies:
+            shutil.rmtree(copy, ignore_errors=True)
+
+
+def section_churn(agentkernel, docker, options):
+    """sandboxes made, used and removed one after the other: what stays behind"""
+    raw = {"churn_create": [], "churn_exec": [], "churn_remove": [], "holdings": []}
+    apart = docker.process.pid if docker else None
+
+    def once():
+        create = agentkernel.command("create", "churn", "--quiet", "--workspace", "none")
+        raw["churn_create"].append(timed(create, cwd=agentkernel.project))
+        raw["churn_exec"].append(timed(agentkernel.exec_command("churn", BUSYBOX, "true")))
+        raw["churn_remove"].append(timed(agentkernel.command("rm", "--force", "churn")))
+
+    # The first one makes the empty disk that the others copy.
+    once()
+    raw["holdings"].append(holdings(agentkernel, apart))
+    for number in range(options.churn):
+        say(f"created, used, removed: {number + 1} of {options.churn}")
+        once()
+        if (number + 1) % 10 == 0 or number + 1 == options.churn:
+            raw["holdings"].append(holdings(agentkernel, apart))
+    return raw
+
+
+def section_live(agentkernel, docker, options):
+    """20 sandboxes alive at once: what they take of the memory"""
+    names = [f"live-{number}" for number in range(ALIVE)]
+    flags = ("--quiet", "--workspace", "none", "--memory", ALIVE_MEMORY, "--vcpus", "1")
+    create = lambda name: timed(agentkernel.command("create", name, *flags), cwd=agentkernel.project)
+    say(f"{ALIVE} at once")
+    with ThreadPoolExecutor(ALIVE_STARTING) as pool:
+        started = list(pool.map(create, names))
+    # Every one of them works.
+    executed = [timed(agentkernel.exec_command(name, BUSYBOX, "true")) for name in names]
+    stats = json.loads(agentkernel.call("stats", "--json"))
+    if sorted(stat["name"] for stat in stats) != sorted(names):
+        fail(f"stats shows {len(stats)} of {ALIVE} sandboxes")
+    processes = [(info["machine_pid"], info["supervisor_pid"]) for info in json.loads(agentkernel.call("list", "--json"))]
+    proportional = [proportional_bytes(machine) + proportional_bytes(supervisor) for machine, supervisor in processes]
+    removed = timed(agentkernel.command("rm", "--force", *names))
+    left = json.loads(agentkernel.call("list", "--json"))
+    if left:
+        fail(f"{len(left)} sandboxes were not removed")
+    live = {"create_ms": started, "exec_ms": executed, "remove_all_ms": removed, "stats": stats}
+    return {"live": live | {"proportional_bytes": proportional}}
+
+
+def make_project(directory):
+    """A git repository of many small files, all different."""
+    for number in range(DIRECTORIES):
+        inner = directory / f"part-{number // 25}" / f"module-{number}"
+        inner.mkdir(parents=True)
+        for file in range(FILES):
+            line = f"def function_{number}_{file}(argument): return argument + {number * FILES + file}\n"
+            (inner / f"file_{file}.py").write_text((line * (FILE_BYTES // len(line) + 1))[:FILE_BYTES])
+    git = ["git", "-C", directory, "-c", "user.name=bench", "-c", "user.email=bench@localhost", "-c", "gc.auto=0"]
+    run([*git, "init", "--quiet"])
+    run([*git, "add", "."])
+    run([*git, "commit", "--quiet", "--message", "all"])
+
+
+def section_files(agentkernel, docker, options):
+    """git status and grep -r over 50 000 files: in the workspace, and on the guest's own disk"""
+    say(f"a workspace of {DIRECTORIES * FILES} files")
+    raw = {}
+    copy = "/var/tmp/copy"
+    with contextlib.ExitStack() as stack:
+        project = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-files.", dir=agentkernel.state.parent)))
+        make_project(project)
+        name = stack.enter_context(agentkernel.sandbox("files", "--workspace", "cow", directory=project))
+
+        def work(place, directory, time_of):
+            for kind, words, codes in (
+                ("git_status", ("git", "-C", directory, "status", "--porcelain"), (0,)),
+                # Found nowhere: 1.
+                ("grep", ("grep", "-r", "nowhere to be found", directory), (1,)),
+            ):
+                say(f"{kind} in the {place}, {time_of}")
+                figures = raw.setdefault(f"{kind}_{place}_{time_of}", [])
+                figures.append(timed(agentkernel.exec_command(name, *words), codes=codes))
+
+        def as_root(*words):
+            run(agentkernel.exec_command(name, *words, user="root"))
+
+        # What both need, so that neither pays for loading it.
+        run(agentkernel.exec_command(name, "git", "--version"))
+        run(agentkernel.exec_command(name, "grep", "--version"))
+        work("workspace", project, "first")
+        work("workspace", project, "second")
+        say("a copy on the guest's own disk")
+        run(agentkernel.exec_command(name, "cp", "-a", project, copy))
+        as_root("sh", "-c", "sync; echo 3 > /proc/sys/vm/drop_caches")
+        run(agentkernel.exec_command(name, "git", "--version"))
+        run(agentkernel.exec_command(name, "grep", "--version"))
+        work("disk", copy, "first")
+        work("disk", copy, "second")
+        # The workspace's caches were dropped too: filled again, and then both in turns.
+        work("workspace", project, "refilled")
+        for _ in range(5):
+            work("workspace", project, "again")
+            work("disk", copy, "again")
+    return raw
+
+
+def section_demo(agentkernel, docker, options):
+    """make demo, a second time"""
+    say("make demo, again")
+    run([ROOT / "scripts/demo"])
+    return {"demo_again": [timed([ROOT / "scripts/demo"])]}
+
+
+SECTIONS = {
+    name.removeprefix("section_"): section for name, section in list(globals().items()) if name.startswith("section_")
+}
 
 
 def say(text):
@@ -346,12 +592,6 @@ def guest_binary(target):
     if not built:
         fail("the guest's binary is not where the build leaves it")
     return max(built, key=lambda path: path.stat().st_mtime).stat().st_size
-
-
-def demo_again():
-    """The demo a second time, s; skipped nowhere: a failing demo fails the bench."""
-    run([ROOT / "scripts/demo"])
-    return timed([ROOT / "scripts/demo"]) / 1e3
 
 
 def spread(values, unit="ms"):
@@ -369,15 +609,20 @@ def mib(value):
 def table(result):
     raw = result["raw"]
     docker = result["docker"]
-    ratio = lambda ours, theirs: f"{statistics.median(ours) / statistics.median(theirs):.2f}" if theirs else "-"
     rows = [
-        ("cold: run -- true", raw["run_true"], "docker run --rm", raw["docker_run_true"]),
-        ("cold: run -- python3 -c pass", raw["run_python"], "", []),
-        ("machine start, until ready", raw["start"], "", []),
-        ("exec of a static true, live", raw["exec_true"], "docker exec", raw["docker_exec_true"]),
-        ("python3 -c pass, live, first", raw["python_first"], "", []),
-        ("python3 -c pass, live, second", raw["python_second"], "", []),
-        ("the client alone, --version", raw["client_start"], "docker --version", raw["docker_client_start"]),
+        ("cold: run -- true", "run_true", "docker_run_true"),
+        ("cold: run -- python3 -c pass", "run_python", None),
+        ("machine start, until ready", "start", None),
+        ("exec of a static true, a process", "exec_process", "docker_exec_process"),
+        ("the same inside one client", "exec_true", "docker_exec_process"),
+        ("the same on the agent's stream", "agent_true", None),
+        ("python3 -c pass, live, first", "python_first", None),
+        ("python3 -c pass, live, second", "python_second", None),
+        ("the client alone, --version", "client_start", "docker_client_start"),
+        (f"list, {LISTED} sandboxes", "list", None),
+        ("one after the other: create", "churn_create", None),
+        ("one after the other: exec", "churn_exec", None),
+        ("one after the other: rm", "churn_remove", None),
     ]
     before, after = result["host_load"]
     yield f"host {result['host_kernel']}, {result['host_processors']} processors, load {before:.1f} before and {after:.1f} " \
@@ -386,72 +631,170 @@ def table(result):
         f"{result['memory_mib']} MiB"
     if docker:
         yield f"docker: {docker}, runc, overlay2, no network; image: one static busybox"
-    yield "Times are median (least-most). An exec is timed inside one client; docker exec starts one each time."
+    yield "Times are median (least-most)."
     yield ""
-    yield f"{'':32}{'agentkernel':34}{'Docker':34}ratio"
-    for name, ours, _, theirs in rows:
-        yield f"{name:32}{spread(ours):34}{spread(theirs) if theirs else '-':34}{ratio(ours, theirs)}"
-    yield f"{'memory: machine':32}{mib(statistics.median(raw['machine_rss_bytes']))}"
-    yield f"{'memory: supervisor':32}{mib(statistics.median(raw['supervisor_rss_bytes']))}"
+    yield from comparison("agentkernel", "Docker", rows, raw)
+    if "grep_workspace_first" in raw:
+        yield ""
+        yield from comparison("workspace", "the guest's own disk", list(file_rows()), raw)
+        yield f"{DIRECTORIES * FILES} files of {FILE_BYTES} bytes, git's own besides; workspace copy-on-write"
+    yield ""
+    if "machine_rss_bytes" in raw:
+        yield f"{'memory: machine':32}{mib(statistics.median(raw['machine_rss_bytes']))}"
+        yield f"{'memory: supervisor':32}{mib(statistics.median(raw['supervisor_rss_bytes']))}"
+    if live := raw.get("live"):
+        machines = [stat["machine_memory_bytes"] / MIB for stat in live["stats"]]
+        supervisors = [stat["supervisor_memory_bytes"] / MIB for stat in live["stats"]]
+        yield f"{f'{ALIVE} at once: create':32}{spread(live['create_ms'])}, {ALIVE_STARTING} at a time"
+        yield f"{'    exec in each':32}{spread(live['exec_ms'])}"
+        yield f"{'    memory: machine':32}{spread(machines, 'MiB')}"
+        yield f"{'    memory: supervisor':32}{spread(supervisors, 'MiB')}"
+        yield f"{'    memory: all':32}{sum(machines) + sum(supervisors):.0f} MiB resident, " \
+            f"{sum(live['proportional_bytes']) / MIB:.0f} MiB with shared pages counted once"
+        yield f"{'    rm of all':32}{live['remove_all_ms'] / 1e3:.1f} s"
+    if "holdings" in raw:
+        first, last = raw["holdings"][0], raw["holdings"][-1]
+        said = ", ".join(f"{key.replace('_', ' ')} {first[key]} -> {last[key]}" for key in first)
+        yield f"{'left by ' + str(len(raw['churn_create']) - 1) + ' sandboxes':32}{said}"
     yield f"{'guest binary':32}{mib(result['guest_binary_bytes'])}"
-    streamed = raw["stream"]
-    speed = streamed["bytes"] / MIB / streamed["seconds"]
-    whole = "whole" if streamed["whole"] else "DAMAGED"
-    yield f"{'1 GiB of output':32}{whole}, {speed:.0f} MiB/s, host processes grew by {mib(streamed['grown_bytes']) or '0'}"
-    yield f"{'make demo, again':32}{result['demo_again_s']:.1f} s"
+    if streamed := raw.get("stream"):
+        speed = streamed["bytes"] / MIB / streamed["seconds"]
+        whole = "whole" if streamed["whole"] else "DAMAGED"
+        grown = mib(streamed["grown_bytes"])
+        yield f"{'1 GiB of output':32}{whole}, {speed:.0f} MiB/s, host processes grew by {grown}"
+    if "demo_again" in raw:
+        yield f"{'make demo, again':32}{raw['demo_again'][0] / 1e3:.1f} s"
     yield ""
-    yield f"{'reach':58}{'measured':>12}"
+    yield f"{'reach':66}{'measured':>12}"
     for goal in result["reach"]:
         verdict = {True: "met", False: "NOT MET", None: "not measured"}[goal["met"]]
         value = "-" if goal["value"] is None else f"{goal['value']:.2f}"
-        yield f"{goal['goal']:58}{value:>12}  {verdict}"
+        yield f"{goal['goal']:66}{value:>12}  {verdict}"
 
 
-def reach(raw, guest_bytes, demo_s, where):
-    middle = lambda name: statistics.median(raw[name]) if raw[name] else None
-    divide = lambda ours, theirs: middle(ours) / middle(theirs) if raw[theirs] else None
-    streamed = raw["stream"]
+def comparison(ours, theirs, rows, raw):
+    """Lines of what was measured of `rows`: text, name of our figures, name of theirs if there are any."""
+    yield f"{'':34}{ours:34}{theirs:34}ratio"
+    for text, name, other in rows:
+        if name not in raw:
+            continue
+        compared = raw.get(other) or []
+        ratio = f"{statistics.median(raw[name]) / statistics.median(compared):.2f}" if compared else "-"
+        yield f"{text:34}{spread(raw[name]):34}{spread(compared):34}{ratio}"
+
+
+def file_rows():
+    for kind, text in (("git_status", "git status"), ("grep", "grep -r")):
+        for time_of, said in (("first", "first"), ("second", "second"), ("again", "again, in turns")):
+            yield f"{text}, {said}", f"{kind}_workspace_{time_of}", f"{kind}_disk_{time_of}"
+
+
+def reach(raw, guest_bytes, where):
+    def middle(*names):
+        values = [value for name in names for value in raw.get(name) or []]
+        return statistics.median(values) if values else None
+
+    def divide(ours, theirs):
+        return middle(*ours) / middle(*theirs) if middle(*ours) and middle(*theirs) else None
+
+    def left(*keys):
+        return sum(raw["holdings"][-1][key] - raw["holdings"][0][key] for key in keys)
+
+    streamed = raw.get("stream")
+    seconds = lambda name: middle(name) / 1e3
+    warm = lambda kind, place: [f"{kind}_{place}_{time_of}" for time_of in ("second", "again")]
+    rounds = len(raw.get("churn_create", ())) - 1
     goals = [
-        (f"cold run -- true / docker run, {where}", "<=", 10, divide("run_true", "docker_run_true")),
-        (f"exec / docker exec, {where}", "<=", 0.2, divide("exec_true", "docker_exec_true")),
-        ("guest binary, MiB", "<=", 2, guest_bytes / MIB),
-        (f"python3 -c pass, second time, s, {where}", "<=", 0.5, middle("python_second") / 1e3),
-        ("1 GiB of output: MiB the host's processes grew by", "<=", 64, streamed["grown_bytes"] / MIB),
-        ("1 GiB of output: arrived whole (1 = yes)", ">=", 1, float(streamed["whole"])),
-        ("make demo, again, s", "<=", 10, demo_s),
+        ("cold", f"cold run -- true / docker run, {where}", "<=", 10, lambda: divide(["run_true"], ["docker_run_true"])),
+        ("exec", f"exec / docker exec, processes, {where}", "<=", 0.3,
+            lambda: divide(["exec_process"], ["docker_exec_process"])),
+        ("exec", f"exec inside one client / docker exec, {where}", "<=", 0.2,
+            lambda: divide(["exec_true"], ["docker_exec_process"])),
+        ("exec", "exec through the control socket / on the agent's stream", "<=", 1.2,
+            lambda: divide(["exec_true"], ["agent_true"])),
+        ("python", f"python3 -c pass, second time, s, {where}", "<=", 0.5, lambda: seconds("python_second")),
+        ("stream", "1 GiB of output: MiB the host's processes grew by", "<=", 64, lambda: streamed["grown_bytes"] / MIB),
+        ("stream", "1 GiB of output: arrived whole (1 = yes)", ">=", 1, lambda: float(streamed["whole"])),
+        ("list", f"list of {LISTED} sandboxes, ms", "<=", 50, lambda: middle("list")),
+        ("churn", f"processes and descriptors left by {rounds} sandboxes", "<=", 0, lambda: left("processes", "descriptors")),
+        ("churn", f"files left in the state directory by {rounds} sandboxes", "<=", 0, lambda: left("state_files")),
+        ("churn", f"MiB left in the state directory by {rounds} sandboxes", "<=", 0, lambda: left("state_bytes") / MIB),
+        ("files", f"git status, warm: workspace / own disk, {where}", "<=", 1.3,
+            lambda: divide(warm("git_status", "workspace"), warm("git_status", "disk"))),
+        ("files", f"grep -r, warm: workspace / own disk, {where}", "<=", 1.3,
+            lambda: divide(warm("grep", "workspace"), warm("grep", "disk"))),
+        ("demo", "make demo, again, s", "<=", 10, lambda: seconds("demo_again")),
+        (None, "guest binary, MiB", "<=", 2, lambda: guest_bytes / MIB),
     ]
-    for name, relation, bound, value in goals:
+    for section, name, relation, bound, measure in goals:
+        if section and section not in raw["sections"]:
+            continue
+        value = measure()
         met = None if value is None else value <= bound if relation == "<=" else value >= bound
         yield {"goal": f"{name} {relation} {bound}", "bound": bound, "value": value, "met": met}
 
 
+def chosen(text):
+    names = text.split(",")
+    for name in names:
+        if name not in SECTIONS:
+            raise argparse.ArgumentTypeError(f"there is no section {name!r}: {', '.join(SECTIONS)}")
+    return names
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Measures agentkernel, and Docker beside it.")
+    sections = "\n".join(f"  {name:8} {section.__doc__}" for name, section in SECTIONS.items())
+    parser = argparse.ArgumentParser(
+        description="Measures agentkernel, and Docker beside it.",
+        epilog=f"sections:\n{sections}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--without-docker", action="store_true", help="leave the comparison out; needs no root")
+    parser.add_argument("--only", type=chosen, default=list(SECTIONS), metavar="SECTION,...", help="these sections")
     parser.add_argument("--rounds", type=int, default=10, help="cold starts of each kind (default 10)")
+    parser.add_argument("--churn", type=int, default=50, help="sandboxes made, used and removed (default 50)")
     options = parser.parse_args()
-    if not options.without_docker and os.geteuid() != 0:
+    options.rounds, options.churn = max(2, options.rounds), max(1, options.churn)
+    with_docker = not options.without_docker and any(name in options.only for name in ("cold", "exec"))
+    if with_docker and os.geteuid() != 0:
         fail("Docker's daemon needs root: call this as root, or with --without-docker")
     for needed in (BUSYBOX, PYTHON):
         if not Path(needed).exists():
             fail(f"{needed} is missing: scripts/install-packages demo bench")
+    if "files" in options.only and not shutil.which("git"):
+        fail("git is missing, which makes the workspace of many files and is run in it")
     target = target_directory()
     program = target / "release/agentkernel"
     if not program.exists():
         fail("build first: cargo build --release --locked -p agentkernel")
     # SIGTERM ends this as Ctrl-C does: with everything cleaned up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Processes that the death of their parents orphans become ours, to be counted, ended and reaped.
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    state = target / "bench-state"
+    state.mkdir(mode=0o700, exist_ok=True)
+    os.environ["AGENTKERNEL_HOME"] = str(state)
 
     with contextlib.ExitStack() as stack:
+        alone = os.open(state, os.O_RDONLY)
+        stack.callback(os.close, alone)
+        try:
+            fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail("another bench is running: two at once would measure each other")
         project = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench.", dir=target))
-        agentkernel = Agentkernel(program, project)
-        docker = None if options.without_docker else stack.enter_context(Docker())
-        load = os.getloadavg()[0]
-        raw, figures = measure(agentkernel, docker, max(2, options.rounds))
+        agentkernel = stack.enter_context(Agentkernel(program, project, state))
+        docker = stack.enter_context(Docker()) if with_docker else None
+        say("the kernel")
+        agentkernel.call("setup")
+        figures = agentkernel.benchmark(1, BUSYBOX, "true")
+        raw, load = {"sections": {}}, os.getloadavg()[0]
+        for name in options.only:
+            begun, before = time.perf_counter(), os.getloadavg()
+            raw |= SECTIONS[name](agentkernel, docker, options)
+            raw["sections"][name] = {"seconds": time.perf_counter() - begun, "load": [before, os.getloadavg()]}
         docker_version = docker.version() if docker else None
         load = [load, os.getloadavg()[0]]
-    say("make demo, again")
-    demo_s = demo_again()
     size = guest_binary(target)
     where = f"{figures['accelerator']}"
     result = {
@@ -465,9 +808,8 @@ def main():
         "memory_mib": figures["memory_mib"],
         "docker": docker_version,
         "guest_binary_bytes": size,
-        "demo_again_s": demo_s,
         "raw": raw,
-        "reach": list(reach(raw, size, demo_s, where)),
+        "reach": list(reach(raw, size, where)),
     }
     if sys.stderr.isatty():
         print("\r\x1b[2K", end="", file=sys.stderr)

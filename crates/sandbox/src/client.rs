@@ -232,7 +232,8 @@ impl Lease {
         }
         // The supervisor tidies up; if it was killed, its machine dies with it and the rest is ours.
         let directory = sandbox.directory;
-        let deadline = std::time::Instant::now() + Duration::from_secs(5);
+        let deadline =
+            std::time::Instant::now() + if temporary { Duration::from_secs(5) } else { 2 * LET_GO };
         while !directory.is_dead() {
             if std::time::Instant::now() > deadline {
                 tracing::warn!("{} is still held; a later command sees to it", directory.path().display());

@@ -23,10 +23,12 @@ pub(super) struct Tree {
 }
 
 impl Tree {
-    /// Opens the directory `root`, whose own path may contain symlinks.
+    /// Opens the directory `root`. Its path had no symlinks when it was chosen; one that is there now may be a guest's,
+    /// which could write above it, and is not followed.
     pub(super) fn open(root: &Path) -> Result<Self, Errno> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = rustix::fs::open(root, flags, Mode::empty())?;
+        let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let root = rustix::fs::openat2(rustix::fs::CWD, root, flags, Mode::empty(), resolve)?;
         let root_stat = rustix::fs::fstat(&root)?;
         let descriptors = rustix::fs::open("/proc/self/fd", flags, Mode::empty())?;
         Ok(Self { root, root_stat, descriptors })

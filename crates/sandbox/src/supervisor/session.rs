@@ -116,8 +116,9 @@ pub(super) async fn run(
     }
     match outcome {
         Ok(Wish::Stop(stop)) => stop.answer(ControlReply::Done).await,
-        Ok(_) => {}
-        Err(problem) => return Err(problem),
+        // Whoever waited was told; a sandbox that stays may still have a deadline to wait for.
+        Err(problem) if gone => return Err(problem),
+        Ok(_) | Err(_) => {}
     }
     Ok(if gone { End::Gone } else { End::Resting })
 }

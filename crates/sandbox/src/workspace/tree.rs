@@ -39,10 +39,11 @@ pub(super) enum ParentError {
 }
 
 impl Tree {
-    /// Opens the workspace at `root`.
+    /// Opens the workspace at `root`, whose path had no symlinks when it was chosen; none is followed now.
     pub(super) fn open(root: &Path) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(Self { root: rustix::fs::open(root, flags, Mode::empty())? })
+        let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        Ok(Self { root: rustix::fs::openat2(rustix::fs::CWD, root, flags, Mode::empty(), resolve)? })
     }
 
     fn open_beneath(&self, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {

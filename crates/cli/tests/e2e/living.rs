@@ -13,10 +13,10 @@ fn json(host: &Host, arguments: &[&str]) -> Value {
     serde_json::from_str(host.agentkernel(arguments).expect(0)).unwrap()
 }
 
-/// `exec NAME -- sh -c SCRIPT`, which must succeed; its output.
+/// `exec -u root NAME -- sh -c SCRIPT`, which must succeed; its output.
 #[track_caller]
 pub(crate) fn exec(host: &Host, name: &str, script: &str) -> String {
-    host.agentkernel(&["exec", name, "--", "sh", "-c", script]).expect(0).to_owned()
+    host.agentkernel(&["exec", "-u", "root", name, "--", "sh", "-c", script]).expect(0).to_owned()
 }
 
 /// Waits until a sandbox is gone, with no command typed.
@@ -203,7 +203,8 @@ fn limits_hold_and_the_sandbox_goes_on() {
         ["create", "small", "--disk", "64M", "--memory", "192M", "--vcpus", "1", "--workspace", "none"];
     host.agentkernel(&flags).expect(0);
     assert_eq!(exec(&host, "small", "nproc; free -m | awk '/Mem/ {print ($2 < 192)}'"), "1\n1\n");
-    let full = host.agentkernel(&["exec", "small", "--", "dd", "if=/dev/zero", "of=/fill", "bs=1M"]);
+    let full =
+        host.agentkernel(&["exec", "-u", "root", "small", "--", "dd", "if=/dev/zero", "of=/fill", "bs=1M"]);
     full.expect(1);
     assert!(full.stderr.contains("No space left"), "{}", full.stderr);
     exec(&host, "small", "rm /fill; echo fine > /after");
@@ -271,9 +272,9 @@ fn a_configuration_is_kept_with_the_sandbox() {
     host.write("settings.json", "{}\n");
     host.write(
         "agentkernel.toml",
-        "[sandbox]\nname = \"conf\"\ninit_script = \"echo once >> /root/init; cat /etc/app/settings.json\"\n\
+        "[sandbox]\nname = \"conf\"\ninit_script = \"echo once >> ~/init; cat /etc/app/settings.json\"\n\
          [resources]\nmemory_mb = 300\n[security.commands]\nblock = [\"git push\"]\n\
-         [[files]]\nsource = \"settings.json\"\ndest = \"/etc/app/settings.json\"\nmode = \"0600\"\n[env]\nGREETING = \"hi\"\n",
+         [[files]]\nsource = \"settings.json\"\ndest = \"/etc/app/settings.json\"\nmode = \"0604\"\n[env]\nGREETING = \"hi\"\n",
     );
     let said = host.agentkernel(&["create", "-e", "GREETING=hello", "-e", "MORE=1"]);
     assert_eq!(said.expect(0), "conf\n");
@@ -282,8 +283,8 @@ fn a_configuration_is_kept_with_the_sandbox() {
     // Whatever becomes of the file now.
     host.write("agentkernel.toml", "[sandbox]\nmemry = 1\n");
     host.agentkernel(&["start", "conf"]).expect(0);
-    let said = exec(&host, "conf", "cat /root/init; stat -c %a /etc/app/settings.json; echo $GREETING $MORE");
-    assert_eq!(said, "once\n600\nhello 1\n");
+    let said = exec(&host, "conf", "cat ~/init; stat -c %a /etc/app/settings.json; echo $GREETING $MORE");
+    assert_eq!(said, "once\n604\nhello 1\n");
     let blocked = host.agentkernel(&["exec", "conf", "--", "/usr/bin/git", "push", "-f"]);
     blocked.expect(125);
     assert!(blocked.stderr.contains("blocks `git push`"), "{}", blocked.stderr);
@@ -392,6 +393,6 @@ fn the_state_directory_is_never_mounted() {
         "/made",
     ]);
     said.expect(0);
-    exec(&host, "kept", "ls /made");
+    exec(&host, "kept", "ls /tmp/made");
     host.agentkernel(&["rm", "-f", "kept"]).expect(0);
 }

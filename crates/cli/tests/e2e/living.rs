@@ -390,7 +390,7 @@ fn the_state_directory_is_never_mounted() {
         "none",
         "--",
         "touch",
-        "/made",
+        "/tmp/made",
     ]);
     said.expect(0);
     exec(&host, "kept", "ls /tmp/made");

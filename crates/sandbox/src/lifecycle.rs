@@ -130,7 +130,9 @@ pub async fn stop(
 /// Code `running` if it lives and `force` is not set.
 pub async fn remove(directory: &SandboxDirectory, force: bool) -> Result<(), Problem> {
     for _ in 0..3 {
-        if let Some(held) = hold(directory)? {
+        // Only who must not end it waits for a lock that is held for a moment.
+        let held = if force { directory.hold()? } else { directory.hold_soon(PATIENCE)? };
+        if let Some(held) = held {
             held.remove();
             return Ok(());
         }
@@ -145,10 +147,6 @@ pub async fn remove(directory: &SandboxDirectory, force: bool) -> Result<(), Pro
         Sandbox::kill(directory).await?;
     }
     Err(plain("still-held", format!("{} is started again and again", directory.name()), None))
-}
-
-fn hold(directory: &SandboxDirectory) -> Result<Option<HeldSandbox>, Problem> {
-    directory.hold_soon(PATIENCE)
 }
 
 /// Gives the sandbox `by` more time than it has left, or all the time; returns its new deadline.

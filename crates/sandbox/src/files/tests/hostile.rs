@@ -183,8 +183,8 @@ proptest! {
 fn a_root_that_became_a_link_is_not_served() {
     let directory = tempfile::tempdir().unwrap();
     let (real, link) = (directory.path().join("real"), directory.path().join("link"));
-    std::fs::create_dir_all(real.join("inner")).unwrap();
-    std::os::unix::fs::symlink("real", &link).unwrap();
+    fs::create_dir_all(real.join("inner")).unwrap();
+    symlink("real", &link).unwrap();
     for root in [link.clone(), link.join("inner")] {
         assert!(Export::directory(&root, Access::ReadOnly, std::path::Path::new("")).is_err(), "{root:?}");
         assert!(Export::workspace(&root, Access::ReadOnly, None).is_err(), "{root:?}");

@@ -186,8 +186,8 @@ fn a_root_that_became_a_link_is_not_served() {
     fs::create_dir_all(real.join("inner")).unwrap();
     symlink("real", &link).unwrap();
     for root in [link.clone(), link.join("inner")] {
-        assert!(Export::directory(&root, Access::ReadOnly, std::path::Path::new("")).is_err(), "{root:?}");
+        assert!(Export::directory(&root, Access::ReadOnly, Path::new("")).is_err(), "{root:?}");
         assert!(Export::workspace(&root, Access::ReadOnly, None).is_err(), "{root:?}");
     }
-    assert!(Export::directory(&real, Access::ReadOnly, std::path::Path::new("")).is_ok());
+    assert!(Export::directory(&real, Access::ReadOnly, Path::new("")).is_ok());
 }

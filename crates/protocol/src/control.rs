@@ -37,6 +37,8 @@ pub enum ControlRequest {
         /// Size of the client's terminal, if it has one.
         size: Option<WindowSize>,
     },
+    /// Say that it lives.
+    Ping,
     /// Send a signal to a detached program.
     Signal {
         /// Its id.

@@ -32,6 +32,8 @@ pub const REAP_VERB: &str = "__reap";
 
 /// How long a supervisor may take to let go of a sandbox once it was told to.
 const LET_GO: Duration = Duration::from_secs(20);
+/// How long a supervisor may take to answer whether it lives, before it is taken for one that is only slow.
+const PING_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What becomes of a sandbox whose maker is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -439,6 +441,13 @@ impl Sandbox {
             }
         }
         Self { directory: directory.clone() }.let_go(Duration::ZERO).await
+    }
+
+    /// Whether its supervisor answers. One that was just killed holds its locks until the kernel is done with it.
+    pub(crate) async fn is_alive(&self) -> bool {
+        let answer = tokio::time::timeout(PING_PATIENCE, self.ask(&ControlRequest::Ping)).await;
+        // Whoever is only slow lives.
+        answer.is_err() || matches!(answer, Ok(Ok(_)))
     }
 
     /// Why the sandbox died, once a stream to it broke.

@@ -38,7 +38,11 @@ pub async fn hold_to_start(directory: &SandboxDirectory) -> Result<Option<HeldSa
             return Ok(Some(held));
         }
         if directory.phase() == Phase::Running {
-            return Ok(None);
+            match Sandbox::open(directory.clone()) {
+                Ok(sandbox) if sandbox.is_alive().await => return Ok(None),
+                Err(problem) if problem.code != "not-running" => return Ok(None),
+                _ => {}
+            }
         }
         if tokio::time::Instant::now() > deadline {
             let name = directory.name();

@@ -81,6 +81,7 @@ impl Clients {
                 let _ = self.stops.try_send(Stop { grace_ms, client: Some(client) });
                 return Ok(());
             }
+            ControlRequest::Ping => Ok(ControlReply::Done),
             ControlRequest::Detach { exec, interactive } => self.detach(*exec, interactive).await,
             ControlRequest::Signal { id, signal } => {
                 self.detached.signal(&id, signal).await.map(|()| ControlReply::Done)

@@ -38,6 +38,10 @@ impl Cache {
         Ok(cache)
     }
 
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     pub(crate) fn path(&self, key: &str) -> PathBuf {
         self.directory.join(format!("{key}.erofs"))
     }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::digest::Digest;
 
@@ -42,54 +42,62 @@ pub struct ImageConfig {
     pub volumes: Vec<String>,
 }
 
-/// A pointer to a blob.
-#[derive(Debug, Clone, Deserialize)]
+/// A pointer to a blob: OCI image specification, `descriptor.md`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(crate) struct Descriptor {
+pub struct Descriptor {
+    /// What the blob is.
     #[serde(default)]
-    pub(crate) media_type: String,
-    pub(crate) digest: Digest,
-    pub(crate) size: u64,
-    #[serde(default, deserialize_with = "or_default")]
-    pub(crate) annotations: BTreeMap<String, String>,
-    #[serde(default)]
-    pub(crate) platform: Option<Platform>,
+    pub media_type: String,
+    /// Its digest.
+    pub digest: Digest,
+    /// Its size, bytes.
+    pub size: u64,
+    /// Free text by name.
+    #[serde(default, deserialize_with = "or_default", skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
+    /// The system it is for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub platform: Option<Platform>,
 }
 
 /// The system a manifest is for.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub(crate) struct Platform {
-    pub(crate) architecture: String,
-    pub(crate) os: String,
-    #[serde(deserialize_with = "or_default")]
-    pub(crate) variant: String,
+pub struct Platform {
+    /// As Go calls it: `amd64`.
+    pub architecture: String,
+    /// As Go calls it: `linux`.
+    pub os: String,
+    /// Of the architecture, such as `v8`; usually empty.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "String::is_empty")]
+    pub variant: String,
 }
 
 /// An image index or a Docker manifest list.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Index {
     pub(crate) schema_version: u32,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) media_type: Option<String>,
     pub(crate) manifests: Vec<Descriptor>,
     /// Present only in a document that tries to be two things at once.
-    #[serde(default)]
+    #[serde(default, skip_serializing)]
     pub(crate) layers: Option<serde::de::IgnoredAny>,
 }
 
 /// An image manifest.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Manifest {
     pub(crate) schema_version: u32,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) media_type: Option<String>,
     pub(crate) config: Descriptor,
     pub(crate) layers: Vec<Descriptor>,
     /// Present only in a document that tries to be two things at once.
-    #[serde(default)]
+    #[serde(default, skip_serializing)]
     pub(crate) manifests: Option<serde::de::IgnoredAny>,
 }
 
@@ -99,6 +107,8 @@ pub(crate) struct Manifest {
 pub(crate) struct ConfigFile {
     pub(crate) architecture: String,
     pub(crate) os: String,
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) created: Option<String>,
     #[serde(deserialize_with = "or_default")]
     pub(crate) config: ImageConfig,
     pub(crate) rootfs: RootFs,

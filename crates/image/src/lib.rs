@@ -20,12 +20,16 @@ mod layer;
 mod layout;
 mod limits;
 mod prepare;
+mod reference;
 mod rootfs;
+mod store;
 
-pub use config::ImageConfig;
+pub use config::{Descriptor, ImageConfig, Platform};
 pub use digest::Digest;
 pub use error::ImageError;
 pub use layer::LayerError;
 pub use layout::LayoutError;
 pub use limits::Limits;
 pub use prepare::{PreparedImage, Progress, RootFileSystem, split_reference};
+pub use reference::{InvalidReference, Reference};
+pub use store::{BlobWriter, ListedImage, Pruned, Store, StoreError, StoredImage, Writing};

@@ -82,7 +82,7 @@ impl RootFileSystem {
         let cache = Cache::open(cache_dir)?;
         let layout = Layout::open(source, limits, &mut || cache.unnamed())?;
         let image = layout.image(tag)?;
-        let key = key(&image.digest);
+        let key = key(&image.layers);
         let target = cache.path(&key.hex());
         if !File::open(&target).and_then(|file| looks_whole(&file)).unwrap_or(false) {
             let scratch = flatten(&layout, &image, &key, &cache, progress, limits)?;
@@ -113,8 +113,13 @@ pub fn split_reference(text: &str) -> (PathBuf, Option<String>) {
     (whole, None)
 }
 
-fn key(manifest: &Digest) -> Digest {
-    Digest::of(format!("agentkernel root file system {FORMAT_VERSION}\n{manifest}\n").as_bytes())
+/// What the root file system is a function of.
+fn key(layers: &[Layer]) -> Digest {
+    let mut text = format!("agentkernel root file system {FORMAT_VERSION}\n");
+    for layer in layers {
+        text.push_str(&format!("{}\n", layer.diff_id));
+    }
+    Digest::of(text.as_bytes())
 }
 
 fn flatten(

@@ -34,6 +34,15 @@ impl Compression {
         }
     }
 
+    /// What a layer's media type has at its end.
+    pub(crate) fn media_type_suffix(self) -> &'static str {
+        match self {
+            Self::None => "",
+            Self::Gzip => "+gzip",
+            Self::Zstd => "+zstd",
+        }
+    }
+
     fn name(self) -> &'static str {
         match self {
             Self::None => "plain",

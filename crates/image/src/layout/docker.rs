@@ -8,7 +8,26 @@ use crate::digest::Digest;
 /// The image called `tag`, or the only one.
 pub(super) fn image(layout: &Layout, tag: Option<&str>) -> Result<Image, LayoutError> {
     let images: Vec<DockerImage> = layout.named_document("manifest.json")?;
-    let image = choose(layout, &images, tag)?;
+    resolve(layout, choose(layout, &images, tag)?, None)
+}
+
+/// Every name's image, and those without a name.
+pub(super) fn images(layout: &Layout) -> Result<Vec<Image>, LayoutError> {
+    let images: Vec<DockerImage> = layout.named_document("manifest.json")?;
+    if images.is_empty() {
+        return Err(LayoutError::Empty { path: layout.storage.path().to_owned() });
+    }
+    let mut all = Vec::new();
+    for image in &images {
+        for name in image.repo_tags.iter().map(Some).chain(image.repo_tags.is_empty().then_some(None)) {
+            all.push(resolve(layout, image, name)?);
+        }
+    }
+    Ok(all)
+}
+
+/// An image, called `name` or as it calls itself.
+fn resolve(layout: &Layout, image: &DockerImage, name: Option<&String>) -> Result<Image, LayoutError> {
     let find = |name: &str| {
         let missing = || LayoutError::Missing { what: name.chars().take(200).collect() };
         layout.storage.find(name)?.ok_or_else(missing)
@@ -23,8 +42,16 @@ pub(super) fn image(layout: &Layout, tag: Option<&str>) -> Result<Image, LayoutE
         Ok(Layer { name: name.chars().take(200).collect(), digest: None, diff_id: *diff_id, size, section })
     });
     let layers = layers.collect::<Result<_, LayoutError>>()?;
-    let name = image.repo_tags.first().unwrap_or(&layout.name).clone();
-    Ok(Image { name, digest: Digest::of(&bytes), config: file.config, layers })
+    let own_name = name.or(image.repo_tags.first()).cloned();
+    Ok(Image {
+        name: own_name.clone().unwrap_or_else(|| layout.name.clone()),
+        own_name,
+        digest: Digest::of(&bytes),
+        config: file.config,
+        config_document: bytes,
+        manifest_document: None,
+        layers,
+    })
 }
 
 fn choose<'a>(

@@ -126,6 +126,14 @@ pub enum LayoutError {
         /// What there is.
         names: Vec<String>,
     },
+    /// An image that does not say what it is called.
+    #[error("the image {image} in {} has no full name", path.display())]
+    NoName {
+        /// The source.
+        path: PathBuf,
+        /// What is known of its name.
+        image: String,
+    },
     /// An index without a manifest.
     #[error("{} holds no image", path.display())]
     Empty {
@@ -166,6 +174,7 @@ impl LayoutError {
             Self::UnknownTag { path, names, .. } => {
                 names.first().map(|first| format!("choose one, such as {}:{first}", path.display()))
             }
+            Self::NoName { .. } => Some("give it one: --tag NAME".into()),
             Self::WrongDigest { .. }
             | Self::WrongSize { .. }
             | Self::Missing { .. }

@@ -23,6 +23,7 @@ use crate::layer::LayerError;
 use crate::limits::{DOCUMENT_BYTES, LAYERS, Limits};
 
 pub use error::LayoutError;
+pub(crate) use select::{FULL_NAME, REFERENCE};
 use storage::{Section, SectionReader, Storage};
 
 /// The system that images are chosen for.
@@ -39,10 +40,17 @@ pub(crate) struct Layout {
 /// One image, resolved.
 #[derive(Debug)]
 pub(crate) struct Image {
+    /// What it is called here, at least its source's file name.
     pub(crate) name: String,
+    /// What it calls itself.
+    pub(crate) own_name: Option<String>,
     /// Of the manifest; of the configuration in a Docker archive.
     pub(crate) digest: Digest,
     pub(crate) config: ImageConfig,
+    /// The configuration as it was read.
+    pub(crate) config_document: Vec<u8>,
+    /// The manifest's media type, and itself as it was read; a Docker archive has none.
+    pub(crate) manifest_document: Option<(String, Vec<u8>)>,
     /// Lowest first.
     pub(crate) layers: Vec<Layer>,
 }
@@ -84,6 +92,17 @@ impl Layout {
         Err(LayoutError::NotAnImage { path: self.storage.path().to_owned() })
     }
 
+    /// Every image that has a name, or the only one.
+    pub(crate) fn images(&self) -> Result<Vec<Image>, LayoutError> {
+        if self.storage.find("index.json")?.is_some() {
+            return select::images(self);
+        }
+        if self.storage.is_archive() && self.storage.find("manifest.json")?.is_some() {
+            return docker::images(self);
+        }
+        Err(LayoutError::NotAnImage { path: self.storage.path().to_owned() })
+    }
+
     /// The bytes of a layer as stored.
     pub(crate) fn open_layer(&self, layer: &Layer) -> Result<SectionReader, LayerError> {
         layer.section.reader().map_err(|source| LayerError::Read { source })
@@ -97,13 +116,17 @@ impl Layout {
 
     /// A document by descriptor, verified.
     fn document<T: DeserializeOwned>(&self, what: &str, descriptor: &Descriptor) -> Result<T, LayoutError> {
+        parse(what, &self.document_bytes(what, descriptor)?)
+    }
+
+    fn document_bytes(&self, what: &str, descriptor: &Descriptor) -> Result<Vec<u8>, LayoutError> {
         let section = self.blob(descriptor)?;
         let bytes = read_document(what, &section)?;
         let actual = Digest::of(&bytes);
         if actual != descriptor.digest {
             return Err(LayoutError::WrongDigest { expected: descriptor.digest, actual });
         }
-        parse(what, &bytes)
+        Ok(bytes)
     }
 
     /// A blob of the size its descriptor promises.
@@ -124,14 +147,21 @@ impl Layout {
     }
 
     /// A manifest's configuration and layers.
-    fn resolve(&self, name: String, digest: Digest, manifest: &Manifest) -> Result<Image, LayoutError> {
+    fn resolve(
+        &self,
+        own_name: Option<String>,
+        descriptor: &Descriptor,
+        document: Vec<u8>,
+        manifest: &Manifest,
+    ) -> Result<Image, LayoutError> {
         if !is_config(&manifest.config.media_type) {
             return Err(LayoutError::UnsupportedMediaType {
                 what: "configuration",
                 media_type: manifest.config.media_type.clone(),
             });
         }
-        let file: ConfigFile = self.document("configuration", &manifest.config)?;
+        let config_document = self.document_bytes("configuration", &manifest.config)?;
+        let file: ConfigFile = parse("configuration", &config_document)?;
         check_platform(&file)?;
         check_layers(manifest.layers.len(), file.rootfs.diff_ids.len())?;
         let layers = manifest
@@ -140,7 +170,15 @@ impl Layout {
             .zip(&file.rootfs.diff_ids)
             .map(|(descriptor, diff_id)| self.layer(descriptor, *diff_id))
             .collect::<Result<_, _>>()?;
-        Ok(Image { name, digest, config: file.config, layers })
+        Ok(Image {
+            name: own_name.clone().unwrap_or_else(|| self.name.clone()),
+            own_name,
+            digest: descriptor.digest,
+            config: file.config,
+            config_document,
+            manifest_document: Some((descriptor.media_type.clone(), document)),
+            layers,
+        })
     }
 
     fn layer(&self, descriptor: &Descriptor, diff_id: Digest) -> Result<Layer, LayoutError> {
@@ -210,6 +248,6 @@ fn read_document(what: &str, section: &Section) -> Result<Vec<u8>, LayoutError> 
     Ok(bytes)
 }
 
-fn parse<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T, LayoutError> {
+pub(crate) fn parse<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T, LayoutError> {
     serde_json::from_slice(bytes).map_err(|source| LayoutError::InvalidDocument { what: what.into(), source })
 }

@@ -1,11 +1,11 @@
 //! From `index.json` to one manifest.
 
-use super::{ARCHITECTURE, Image, Layout, LayoutError, OPERATING_SYSTEM};
+use super::{ARCHITECTURE, Image, Layout, LayoutError, OPERATING_SYSTEM, parse};
 use crate::config::{Descriptor, Index, Manifest};
 use crate::limits::INDEX_DEPTH;
 
-const REFERENCE: &str = "org.opencontainers.image.ref.name";
-const FULL_NAME: &str = "io.containerd.image.name";
+pub(crate) const REFERENCE: &str = "org.opencontainers.image.ref.name";
+pub(crate) const FULL_NAME: &str = "io.containerd.image.name";
 
 /// The image called `tag`, or the only one.
 pub(super) fn image(layout: &Layout, tag: Option<&str>) -> Result<Image, LayoutError> {
@@ -13,12 +13,36 @@ pub(super) fn image(layout: &Layout, tag: Option<&str>) -> Result<Image, LayoutE
     check_index(&index)?;
     let candidates = tagged(layout, index.manifests, tag)?;
     let name = candidates.iter().find_map(|descriptor| own_name(descriptor)).map(str::to_owned);
-    let name = name.unwrap_or_else(|| layout.name.clone());
     descend(layout, name, candidates)
 }
 
+/// Every image: each name's, or the only one if there is no name.
+pub(super) fn images(layout: &Layout) -> Result<Vec<Image>, LayoutError> {
+    let index: Index = layout.named_document("index.json")?;
+    check_index(&index)?;
+    let mut names: Vec<Option<String>> = Vec::new();
+    for descriptor in &index.manifests {
+        let name = own_name(descriptor).map(str::to_owned);
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    if names.is_empty() {
+        return Err(LayoutError::Empty { path: layout.storage.path().to_owned() });
+    }
+    let image = |name: Option<String>| {
+        let candidates = index.manifests.iter().filter(|descriptor| own_name(descriptor) == name.as_deref());
+        descend(layout, name.clone(), candidates.cloned().collect())
+    };
+    names.into_iter().map(image).collect()
+}
+
 /// Follows indexes down to a manifest for this platform.
-fn descend(layout: &Layout, name: String, mut candidates: Vec<Descriptor>) -> Result<Image, LayoutError> {
+fn descend(
+    layout: &Layout,
+    name: Option<String>,
+    mut candidates: Vec<Descriptor>,
+) -> Result<Image, LayoutError> {
     for _ in 0..INDEX_DEPTH {
         let chosen = for_platform(candidates)?;
         match chosen.media_type.as_str() {
@@ -31,10 +55,11 @@ fn descend(layout: &Layout, name: String, mut candidates: Vec<Descriptor>) -> Re
             }
             "application/vnd.oci.image.manifest.v1+json"
             | "application/vnd.docker.distribution.manifest.v2+json" => {
-                let manifest: Manifest = layout.document("manifest", &chosen)?;
+                let bytes = layout.document_bytes("manifest", &chosen)?;
+                let manifest: Manifest = parse("manifest", &bytes)?;
                 check_manifest(&manifest)?;
                 check_type(manifest.media_type.as_deref(), &chosen, "manifest")?;
-                return layout.resolve(name, chosen.digest, &manifest);
+                return layout.resolve(name, &chosen, bytes, &manifest);
             }
             _ => {
                 let media_type = chosen.media_type;

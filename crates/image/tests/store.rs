@@ -40,7 +40,8 @@ fn store() -> (tempfile::TempDir, Store) {
 
 #[test]
 fn images_come_in_in_every_form_and_go_out_again() {
-    let packs: [fn(&[u8]) -> (String, Vec<u8>); 3] = [
+    type Pack = fn(&[u8]) -> (String, Vec<u8>);
+    let packs: [Pack; 3] = [
         |tar| (LAYER.into(), tar.to_vec()),
         |tar| (format!("{LAYER}+gzip"), gzip(tar)),
         |tar| (format!("{LAYER}+zstd"), zstd(tar)),

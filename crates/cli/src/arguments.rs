@@ -40,6 +40,8 @@ pub(crate) enum Verb {
     /// The verbs of a sandbox, by the name of the group: `sandbox create` is `create`.
     #[command(name = "sandbox", subcommand)]
     Group(SandboxVerb),
+    #[command(subcommand, visible_alias = "image")]
+    Images(ImagesVerb),
     #[command(subcommand)]
     Volume(VolumeVerb),
     Init(InitArguments),
@@ -127,8 +129,8 @@ Examples:
 /// A flag beats agentkernel.toml, which beats the profile.
 #[derive(Debug, Args)]
 pub(crate) struct SandboxArguments {
-    /// Root file system: `host` (this machine's own toolchain, read-only), or an OCI layout directory or archive,
-    /// with :TAG if it holds several images.
+    /// Root file system: `host` (this machine's own toolchain, read-only), the name of an image (agentkernel images list),
+    /// or an OCI layout directory or archive, with :TAG if it holds several images.
     #[arg(short, long, value_name = "IMAGE")]
     pub image: Option<String>,
     /// How much the sandbox is trusted: permissive, moderate or restrictive [default: moderate].
@@ -458,6 +460,84 @@ pub(crate) struct GcArguments {
     #[arg(long)]
     pub json: bool,
 }
+
+/// Keep images: the root file systems that sandboxes are made from.
+#[derive(Debug, Subcommand)]
+#[command(after_help = IMAGES_EXAMPLES)]
+pub(crate) enum ImagesVerb {
+    /// List images.
+    #[command(visible_alias = "ls")]
+    List {
+        /// Print the list as JSON.
+        #[arg(long)]
+        json: bool,
+        /// Print names only.
+        #[arg(short, long, conflicts_with = "json")]
+        quiet: bool,
+    },
+    /// Bring in the images of an OCI layout directory, an OCI archive, or an archive of `docker save`.
+    Load {
+        /// The directory or archive, with :TAG to choose one of several images; - reads an archive from stdin.
+        #[arg(value_name = "SOURCE")]
+        source: String,
+        /// Call it so, whatever it calls itself.
+        #[arg(short, long, value_name = "NAME")]
+        tag: Option<String>,
+        /// Print the names as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write images to an OCI archive, which `docker load` reads as well.
+    Save {
+        /// Names or ids of images.
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<String>,
+        /// Where to; - is stdout.
+        #[arg(short, long, value_name = "FILE")]
+        output: PathBuf,
+    },
+    /// Give an image another name.
+    Tag {
+        /// Name or id of an image.
+        image: String,
+        /// The other name.
+        name: String,
+    },
+    /// Show an image, its configuration and who uses it.
+    Inspect {
+        /// Name or id of an image.
+        image: String,
+        /// Print all of it as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Take names away, and free what nothing needs any more.
+    #[command(visible_alias = "remove")]
+    Rm {
+        /// Names or ids of images.
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<String>,
+        /// Also one that sandboxes were made from; they keep what they have.
+        #[arg(short, long)]
+        force: bool,
+    },
+    /// Free what neither a name nor a sandbox needs.
+    Prune {
+        /// Say what would be freed, free nothing.
+        #[arg(long)]
+        dry_run: bool,
+        /// Print the report as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+const IMAGES_EXAMPLES: &str = "\
+Examples:
+  docker save my-tools | agentkernel images load -
+  agentkernel images load ./layout:3.12 --tag python:3.12
+  agentkernel run --image my-tools -- make test
+  agentkernel images save my-tools -o my-tools.tar";
 
 /// Directories that outlive the sandboxes they are mounted in.
 #[derive(Debug, Subcommand)]

@@ -17,6 +17,8 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::error::ImageError;
 
+/// What file names of whole root file systems end with.
+pub(crate) const ENDING: &str = "erofs";
 const SCRATCH_PREFIX: &str = "tmp-";
 const ATTEMPTS: usize = 100;
 
@@ -43,7 +45,7 @@ impl Cache {
     }
 
     pub(crate) fn path(&self, key: &str) -> PathBuf {
-        self.directory.join(format!("{key}.erofs"))
+        self.directory.join(format!("{key}.{ENDING}"))
     }
 
     /// A new scratch file, locked, removed when dropped.

@@ -1,10 +1,13 @@
 //! From an image on disk to a cached root file system.
 
-use std::fs::File;
+use std::collections::HashSet;
+use std::fs::{File, Metadata};
 use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
-use crate::cache::{Cache, Scratch};
+use crate::cache::{Cache, ENDING, Scratch};
 use crate::config::ImageConfig;
 use crate::digest::{Digest, HashingReader};
 use crate::error::ImageError;
@@ -18,6 +21,8 @@ use crate::rootfs::flatten::{Usage, apply_layer};
 use crate::rootfs::output::ImageOutput;
 use crate::rootfs::tree::Tree;
 
+/// How long a root file system is left alone after it was asked for.
+const IN_USE: Duration = Duration::from_secs(3600);
 const PROGRESS_STEP: u64 = 1 << 20;
 
 /// How far the work is; only told when there is work, not on a cached image.
@@ -82,11 +87,13 @@ impl RootFileSystem {
         let cache = Cache::open(cache_dir)?;
         let layout = Layout::open(source, limits, &mut || cache.unnamed())?;
         let image = layout.image(tag)?;
-        let key = key(&image.layers);
+        let diff_ids: Vec<_> = image.layers.iter().map(|layer| layer.diff_id).collect();
+        let key = key(&diff_ids);
         let target = cache.path(&key.hex());
-        if !File::open(&target).and_then(|file| looks_whole(&file)).unwrap_or(false) {
-            let scratch = flatten(&layout, &image, &key, &cache, progress, limits)?;
-            scratch.publish(&target)?;
+        match File::open(&target) {
+            // Told that it was used: `prune` leaves alone what was lately.
+            Ok(file) if looks_whole(&file).unwrap_or(false) => drop(file.set_modified(SystemTime::now())),
+            _ => flatten(&layout, &image, &key, &cache, progress, limits)?.publish(&target)?,
         }
         Ok(PreparedImage {
             root_file_system: target,
@@ -95,6 +102,66 @@ impl RootFileSystem {
             config: image.config,
         })
     }
+}
+
+impl RootFileSystem {
+    /// Where the root file system of these layers lies once it was prepared; layers by their uncompressed digest, lowest
+    /// first.
+    pub fn path(cache_dir: &Path, diff_ids: &[Digest]) -> PathBuf {
+        cache_dir.join(format!("{}.{ENDING}", key(diff_ids).hex()))
+    }
+
+    /// Removes the root file systems that are not among `keep` and were not used within the last hour, in which a sandbox
+    /// may be about to be made from them; how many, and their bytes on the disk.
+    ///
+    /// # Errors
+    /// If the cache cannot be read or one cannot be removed.
+    pub fn prune(
+        cache_dir: &Path,
+        keep: &HashSet<PathBuf>,
+        dry_run: bool,
+    ) -> Result<(usize, u64), ImageError> {
+        let (mut count, mut bytes) = (0, 0);
+        let failed = |source| ImageError::cache("read", cache_dir, source);
+        for (path, metadata) in prepared(cache_dir).map_err(failed)? {
+            let used = metadata.modified().ok().and_then(|time| time.elapsed().ok());
+            if keep.contains(&path) || used.is_some_and(|since| since < IN_USE) {
+                continue;
+            }
+            if !dry_run {
+                std::fs::remove_file(&path).map_err(|source| ImageError::cache("remove", &path, source))?;
+            }
+            count += 1;
+            bytes += metadata.blocks() * 512;
+        }
+        Ok((count, bytes))
+    }
+
+    /// Bytes on the disk of all that was prepared.
+    ///
+    /// # Errors
+    /// If the cache cannot be read.
+    pub fn disk_bytes(cache_dir: &Path) -> io::Result<u64> {
+        Ok(prepared(cache_dir)?.iter().map(|(_, metadata)| metadata.blocks() * 512).sum())
+    }
+}
+
+/// The whole root file systems of a cache; none if there is no cache yet.
+fn prepared(cache_dir: &Path) -> io::Result<Vec<(PathBuf, Metadata)>> {
+    let entries = match std::fs::read_dir(cache_dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        if path.extension().is_some_and(|ending| ending == ENDING)
+            && let Ok(metadata) = path.symlink_metadata()
+        {
+            found.push((path, metadata));
+        }
+    }
+    Ok(found)
 }
 
 /// Splits `PATH:TAG`. A path that exists as it stands has no tag.
@@ -114,10 +181,10 @@ pub fn split_reference(text: &str) -> (PathBuf, Option<String>) {
 }
 
 /// What the root file system is a function of.
-fn key(layers: &[Layer]) -> Digest {
+fn key(diff_ids: &[Digest]) -> Digest {
     let mut text = format!("agentkernel root file system {FORMAT_VERSION}\n");
-    for layer in layers {
-        text.push_str(&format!("{}\n", layer.diff_id));
+    for diff_id in diff_ids {
+        text.push_str(&format!("{diff_id}\n"));
     }
     Digest::of(text.as_bytes())
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::configuration::{CommandPolicy, Profile};
 use crate::deadline::unix_ms;
 use crate::exports;
+use crate::images::Images;
 use crate::problem::{Problem, plain, problem};
 use crate::project::{Workspace, WorkspaceMode};
 use crate::spec::{
@@ -33,7 +34,7 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 pub struct Request {
     /// Name of the sandbox; one is made up if there is none.
     pub name: Option<String>,
-    /// `host`, or an OCI layout or archive; `host` if nothing is said.
+    /// `host`, the name of an image, or an OCI layout or archive; `host` if nothing is said.
     pub image: Option<String>,
     /// The shared project.
     pub workspace: Option<Workspace>,
@@ -230,7 +231,7 @@ fn oci(
     request: &Request,
     progress: &mut dyn FnMut(&str),
 ) -> Result<(Image, Defaults), Problem> {
-    let image = setup::prepare_image(home, reference, progress)?;
+    let image = Images::open(home)?.prepare(reference, progress)?;
     let config = &image.config;
     let mut environment = vec![(Text::from("PATH"), Text::from(DEFAULT_PATH))];
     for (name, value) in config.env.iter().filter_map(|assignment| assignment.split_once('=')) {

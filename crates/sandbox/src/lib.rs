@@ -18,6 +18,7 @@ mod disk;
 pub mod executions;
 mod exports;
 pub mod files;
+pub mod images;
 pub mod inspect;
 pub mod launch;
 pub mod lifecycle;

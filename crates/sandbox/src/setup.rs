@@ -2,14 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use agentkernel_image::{PreparedImage, RootFileSystem, split_reference};
 use agentkernel_machine::accelerator::{self, Accelerator};
 use agentkernel_machine::kernel::{self, Kernel, KernelError, KernelOptions, Progress};
 use serde::Serialize;
 
 pub use agentkernel_machine::findings::{Finding, Status};
 
-use crate::problem::{Problem, io, problem};
+use crate::problem::{Problem, problem};
 use crate::state::Home;
 
 /// What `setup` is told.
@@ -102,31 +101,7 @@ pub(crate) fn emulated() -> Option<String> {
     (detection.accelerator == Accelerator::Tcg).then_some(detection.reason)
 }
 
-/// Makes the root file system of an image ready.
-pub(crate) fn prepare_image(
-    home: &Home,
-    reference: &str,
-    progress: &mut dyn FnMut(&str),
-) -> Result<PreparedImage, Problem> {
-    let (path, tag) = split_reference(reference);
-    let cache = home.cache().join("images");
-    std::fs::create_dir_all(&cache).map_err(io(format!("make {}", cache.display())))?;
-    RootFileSystem::prepare(&path, tag.as_deref(), &cache, &mut |step| progress(&describe(step)))
-        .map_err(|error| problem("image", &error, error.hint()))
-}
-
 /// What the host offers sandboxes, each with a remedy where it lacks something.
 pub fn findings(home: &Home, program: &Path) -> Vec<Finding> {
     agentkernel_machine::findings::findings(&home.cache(), program)
-}
-
-fn describe(step: agentkernel_image::Progress) -> String {
-    let mib = |bytes: u64| bytes >> 20;
-    format!(
-        "unpacking layer {} of {}: {} of {} MiB",
-        step.layer,
-        step.layers,
-        mib(step.bytes),
-        mib(step.total_bytes)
-    )
 }

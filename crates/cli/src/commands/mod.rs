@@ -6,6 +6,7 @@ mod copy;
 mod doctor;
 mod exec;
 mod execute;
+mod images;
 mod init;
 mod inspect;
 pub(crate) mod internal;
@@ -32,6 +33,7 @@ pub(crate) fn dispatch(verb: Verb) -> ExitCode {
     };
     let outcome = match verb {
         Verb::Sandbox(verb) | Verb::Group(verb) => dispatch_sandbox(verb),
+        Verb::Images(verb) => images::images(&verb),
         Verb::Volume(verb) => volume::volume(&verb),
         Verb::Init(arguments) => init::init(&arguments),
         Verb::Setup(arguments) => setup::setup(&arguments),

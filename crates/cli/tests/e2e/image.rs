@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use crate::host::Host;
+use crate::host::{Host, finish};
 
 /// Writes an OCI layout with one layer: a static busybox and a few files.
 fn layout(directory: &Path) {
@@ -76,7 +76,10 @@ fn a_layout_and_an_archive_run_as_their_configuration_says() {
     assert!(status.success());
     let script = "pwd; id -u; id -g; id -G; echo $HOME $FLAVOUR $EXTRA; touch /srv/app/x 2>/dev/null || echo not mine; \
                   cat /etc/hostname; ls /usr 2>/dev/null | wc -l";
-    for image in [&layout, &archive] {
+    let loaded =
+        finish(host.command(&["images", "load", "-", "--tag", "my-tools"]), &fs::read(&archive).unwrap());
+    assert_eq!(loaded.expect(0), "my-tools:latest\n");
+    for image in [layout.as_path(), &archive, Path::new("my-tools")] {
         let said = host.agentkernel(&[
             "run",
             "-q",
@@ -113,6 +116,53 @@ fn a_layout_and_an_archive_run_as_their_configuration_says() {
     assert_eq!(said.expect(0), "hello");
     host.agentkernel(&["apply", "--last"]).expect(0);
     assert_eq!(host.read("new.txt"), "new\n");
+}
+
+#[test]
+fn images_are_kept_by_name() {
+    let host = Host::new();
+    layout(host.path());
+    let layout = host.path().join("layout");
+    let source = format!("{}:latest", layout.display());
+    host.agentkernel(&["images", "load", &source]).expect(1);
+    host.agentkernel(&["images", "load", &source, "--tag", "my-tools"]).expect(0);
+    host.agentkernel(&["create", "dev", "--no-start", "--image", "my-tools", "--workspace", "none"])
+        .expect(0);
+    let list = |host: &Host| -> serde_json::Value {
+        serde_json::from_str(host.agentkernel(&["images", "list", "--json"]).expect(0)).unwrap()
+    };
+    let listed = list(&host);
+    assert_eq!(listed[0]["name"], "my-tools:latest");
+    assert_eq!(listed[0]["used_by"], serde_json::json!(["dev"]));
+    let id = listed[0]["image_id"].as_str().unwrap().to_owned();
+
+    let said = host.agentkernel(&["images", "rm", "my-tools"]);
+    said.expect(1);
+    assert!(said.stderr.contains("used by dev") && said.stderr.contains("--force"), "{}", said.stderr);
+    host.agentkernel(&["images", "tag", &id[7..19], "registry.example/team/tools:2"]).expect(0);
+    host.agentkernel(&["images", "rm", "my-tools"]).expect(0);
+    let said = host.agentkernel(&["run", "--image", "registry.example/team/tols:2", "--", "true"]);
+    said.expect(125);
+    assert!(said.stderr.contains("did you mean registry.example/team/tools:2?"), "{}", said.stderr);
+    let inspected = host.agentkernel(&["images", "inspect", "registry.example/team/tools:2"]);
+    assert!(inspected.expect(0).contains("/bin/busybox env EXTRA=1"), "{}", inspected.expect(0));
+
+    let saved = host.path().join("saved.tar");
+    let save = ["images", "save", "registry.example/team/tools:2", "-o", saved.to_str().unwrap()];
+    host.agentkernel(&save).expect(0);
+    host.agentkernel(&["images", "rm", "--force", "registry.example/team/tools:2"]).expect(0);
+    assert_eq!(list(&host), serde_json::json!([]));
+    assert_eq!(fs::read_dir(host.state().join("images/blobs/sha256")).unwrap().count(), 0);
+    let loaded = host.agentkernel(&["images", "load", saved.to_str().unwrap(), "--json"]);
+    assert!(loaded.expect(0).contains("registry.example/team/tools:2"));
+    assert_eq!(list(&host)[0]["image_id"], id.as_str());
+    assert!(host.agentkernel(&["images", "prune"]).expect(0).contains("0 blobs"));
+    for bad in ["My", "-x", "a/../b", "ä"] {
+        let said = host.agentkernel(&["images", "tag", "registry.example/team/tools:2", "--", bad]);
+        said.expect(1);
+        assert!(said.stderr.contains("hint:"), "{}", said.stderr);
+    }
+    host.agentkernel(&["rm", "dev"]).expect(0);
 }
 
 #[test]

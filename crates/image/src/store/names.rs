@@ -30,6 +30,8 @@ pub struct StoredImage {
     pub size_bytes: u64,
     /// Layers, lowest first.
     pub layers: Vec<Digest>,
+    /// Layers once uncompressed, lowest first.
+    pub diff_ids: Vec<Digest>,
     /// What it says about its process.
     #[serde(skip)]
     pub config: ImageConfig,
@@ -167,6 +169,7 @@ impl Store {
             created: file.created,
             size_bytes: document.layers.iter().map(|layer| layer.size).fold(0, u64::saturating_add),
             layers: document.layers.iter().map(|layer| layer.digest).collect(),
+            diff_ids: file.rootfs.diff_ids,
             labels: file.config.labels.clone(),
             config: file.config,
             manifest,

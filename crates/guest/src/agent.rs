@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use agentkernel_protocol::frame::{self, FrameError};
-use agentkernel_protocol::message::{Entry, ExecFailure, ExecOutput, Programs, Reply, Request};
+use agentkernel_protocol::message::{Entry, ExecFailure, ExecOutput, LayerEntry, Programs, Reply, Request};
 use agentkernel_protocol::mux::{self, Stream};
 use agentkernel_protocol::record::Port;
 use tokio::io::AsyncWriteExt;
@@ -17,7 +17,7 @@ use crate::configure::{self, Layout};
 use crate::exec::cgroup::Frozen;
 use crate::exec::{self, Reaper};
 use crate::port::PortIo;
-use crate::{copy, fuse, shutdown, tree};
+use crate::{copy, fuse, layers, shutdown, tree};
 
 const NOT_CONFIGURED: &str = "the machine is not configured yet";
 
@@ -120,6 +120,14 @@ async fn answer(agent: &Agent, mut stream: Stream) -> Result<(), FrameError> {
         },
         Request::CopyIn { path, name, user } => match agent.layout.get() {
             Some(_) => copy::receive(path.into_vec(), name.into_vec(), user, stream).await,
+            None => reply_once(&mut stream, &Reply::Failed { message: NOT_CONFIGURED.into() }).await,
+        },
+        Request::LayerOut { layer } => match agent.layout.get() {
+            Some(layout) => layers::send(layout.layers.clone(), layer, stream).await,
+            None => reply_once(&mut stream, &LayerEntry::Failed { message: NOT_CONFIGURED.into() }).await,
+        },
+        Request::LayerIn { layer } => match agent.layout.get() {
+            Some(layout) => layers::receive(layout.layers.clone(), layer, stream).await,
             None => reply_once(&mut stream, &Reply::Failed { message: NOT_CONFIGURED.into() }).await,
         },
         Request::Shutdown { grace_ms } => {

@@ -26,6 +26,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
 
 use crate::exec::cgroup;
+use crate::layers::Layers;
 use crate::{fuse, system};
 
 /// Name of the cgroup of all programs.
@@ -33,7 +34,7 @@ const PROGRAMS: &str = "programs";
 const NEW_ROOT: &str = "/root-to-be";
 const WRITABLE: &str = "/writable";
 /// Nothing that Docker's overlays do not do either: a directory's rename is `EXDEV`, and upper layers need no index.
-const OVERLAY_OPTIONS: &str = "redirect_dir=off,metacopy=off,index=off";
+pub(crate) const OVERLAY_OPTIONS: &str = "redirect_dir=off,metacopy=off,index=off";
 
 /// What stays reachable after the root was switched.
 pub(crate) struct Layout {
@@ -43,6 +44,8 @@ pub(crate) struct Layout {
     pub cgroups: OwnedFd,
     /// Most processes and threads of one program with all it starts.
     pub process_limit: u32,
+    /// The layers of builds.
+    pub layers: Arc<Layers>,
     /// The kernel's `/proc`, reached without a path lookup in the root.
     pub proc: OwnedFd,
 }
@@ -92,6 +95,7 @@ pub(crate) fn configure(wish: &Configure, file_systems: &BTreeSet<String>) -> Re
         uppers,
         cgroups: mount_cgroups(&root)?,
         process_limit: wish.process_limit,
+        layers: Arc::new(Layers::new(open_directory(WRITABLE)?, open_directory(&lower)?)),
         proc: open_directory("/proc")?,
     };
     switch_root()?;
@@ -365,9 +369,10 @@ fn make_directory(path: &str, mode: u32) -> Result<(), String> {
     }
 }
 
-fn open_directory(path: &str) -> Result<OwnedFd, String> {
+fn open_directory(path: impl AsRef<Path>) -> Result<OwnedFd, String> {
+    let path = path.as_ref();
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    rustix::fs::open(path, flags, Mode::empty()).map_err(say(format!("open {path}")))
+    rustix::fs::open(path, flags, Mode::empty()).map_err(say(format!("open {}", path.display())))
 }
 
 /// Reads at most `limit` bytes of a file below `directory`.

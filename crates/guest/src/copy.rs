@@ -15,6 +15,7 @@ use agentkernel_protocol::message::{Entry, Reply};
 use agentkernel_protocol::mux::Stream;
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
+use serde::de::DeserializeOwned;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
@@ -28,13 +29,27 @@ pub(crate) async fn receive(
     user: String,
     stream: Stream,
 ) -> Result<(), FrameError> {
+    let is_last = |entry: &Entry| matches!(entry, Entry::End | Entry::Failed { .. });
+    receive_entries(stream, is_last, move |entries| write(&path, &name, &user, entries)).await
+}
+
+/// Gives `write` what the host sends up to the last entry, and answers once: as soon as it fails, or when it is done.
+pub(crate) async fn receive_entries<T, W>(
+    stream: Stream,
+    is_last: fn(&T) -> bool,
+    write: W,
+) -> Result<(), FrameError>
+where
+    T: DeserializeOwned + Send + 'static,
+    W: FnOnce(mpsc::Receiver<T>) -> Result<(), String> + Send + 'static,
+{
     let (mut reader, mut writer) = tokio::io::split(stream);
     let (sender, receiver) = mpsc::channel(16);
-    let mut write = spawn_blocking(move || write(&path, &name, &user, receiver));
+    let mut write = spawn_blocking(move || write(receiver));
     let feed = async {
         loop {
-            let entry: Entry = frame::read(&mut reader).await?;
-            let last = matches!(entry, Entry::End | Entry::Failed { .. });
+            let entry: T = frame::read(&mut reader).await?;
+            let last = is_last(&entry);
             // A writer that failed takes no more; the rest is read all the same, or its answer would be stuck behind it.
             let _ = sender.send(entry).await;
             if last {
@@ -159,7 +174,7 @@ impl Pending {
 
 impl Target {
     fn open(path: &Path, name: &OsStr, user: &str) -> Result<Self, String> {
-        let user = user::resolve(user)?;
+        let user = user::resolve(user, None)?;
         let owner = (user.uid, user.gid);
         if !path.is_absolute() {
             return Err(format!("{} is no absolute path", path.display()));

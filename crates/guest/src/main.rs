@@ -20,6 +20,7 @@ mod configure;
 mod copy;
 mod exec;
 mod fuse;
+mod layers;
 mod port;
 mod shutdown;
 mod system;

@@ -3,7 +3,7 @@
 //! A layer is read as overlayfs writes it: a character device 0/0 stands for something removed, and the attribute
 //! `trusted.overlay.opaque` for a directory through which nothing shows.
 
-use std::ffi::{CString, OsString};
+use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
 use std::io::{Error, Read};
 use std::os::fd::OwnedFd;
@@ -14,13 +14,13 @@ use std::sync::Arc;
 use agentkernel_protocol::frame::{self, CHUNK, FrameError};
 use agentkernel_protocol::message::Entry;
 use agentkernel_protocol::mux::Stream;
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
 use serde_bytes::ByteBuf;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
-const OPAQUE: &str = "trusted.overlay.opaque";
+pub(crate) const OPAQUE: &str = "trusted.overlay.opaque";
 /// Deepest directory that is listed; deeper ones have paths longer than any program can use.
 const DEPTH_LIMIT: usize = 2048;
 
@@ -31,25 +31,35 @@ const SIZELESS_LIMIT: u64 = 4 << 20;
 
 /// Sends what is in a layer, then `End`.
 pub(crate) async fn send_layer(upper: Arc<OwnedFd>, stream: Stream) -> Result<(), FrameError> {
-    serve(stream, move |send| walk(rustix::fs::openat(&upper, ".", directory_flags(), Mode::empty())?, send))
-        .await
+    serve(stream, last, move |send| {
+        let root = rustix::fs::openat(&upper, ".", directory_flags(), Mode::empty())?;
+        walk(root, &mut |parent, name, path| report(parent, name, path, send))
+    })
+    .await
 }
 
 /// Sends the thing at `path` with all that is in it, then `End`.
 pub(crate) async fn send_copy(path: Vec<u8>, stream: Stream) -> Result<(), FrameError> {
-    serve(stream, move |send| {
+    serve(stream, last, move |send| {
         let (parent, name) = split(&path)?;
         match report(&parent, &name, b"", send)? {
-            Some(directory) => walk(directory, send),
+            Some(directory) => walk(directory, &mut |parent, name, path| report(parent, name, path, send)),
             None => Ok(()),
         }
     })
     .await
 }
 
+fn last(result: Result<(), String>) -> Entry {
+    match result {
+        Ok(()) => Entry::End,
+        Err(message) => Entry::Failed { message },
+    }
+}
+
 /// The directory that `path` is in, and its name there. A path that ends in `/` is followed, and is `.` in itself.
 fn split(path: &[u8]) -> Result<(OwnedFd, OsString), Error> {
-    let path = Path::new(std::ffi::OsStr::from_bytes(path));
+    let path = Path::new(OsStr::from_bytes(path));
     if !path.is_absolute() {
         return Err(Error::other(format!("{} is no absolute path", path.display())));
     }
@@ -64,19 +74,21 @@ fn split(path: &[u8]) -> Result<(OwnedFd, OsString), Error> {
     Ok((parent, name))
 }
 
-/// Sends what `walk` reports, then `End`.
-async fn serve<W>(mut stream: Stream, walk: W) -> Result<(), FrameError>
+/// Sends what `walk` reports, then what `last` makes of its result.
+pub(crate) async fn serve<T, W>(
+    mut stream: Stream,
+    last: fn(Result<(), String>) -> T,
+    walk: W,
+) -> Result<(), FrameError>
 where
-    W: FnOnce(&mut dyn FnMut(Entry) -> Result<(), Error>) -> Result<(), Error> + Send + 'static,
+    T: serde::Serialize + Send + 'static,
+    W: FnOnce(&mut dyn FnMut(T) -> Result<(), Error>) -> Result<(), Error> + Send + 'static,
 {
     let (sender, mut receiver) = mpsc::channel(16);
     let walk = spawn_blocking(move || {
         let mut send = |change| sender.blocking_send(change).map_err(|_| Error::other("the host is gone"));
-        let last = match walk(&mut send) {
-            Ok(()) => Entry::End,
-            Err(error) => Entry::Failed { message: error.to_string() },
-        };
-        let _ = send(last);
+        let result = walk(&mut send).map_err(|error| error.to_string());
+        let _ = send(last(result));
     });
     while let Some(change) = receiver.recv().await {
         frame::write(&mut stream, &change).await?;
@@ -94,8 +106,11 @@ struct Level {
     path_length: usize,
 }
 
+/// Told of an entry: the directory it is in, its name there, its path. Returns it opened if it is to be descended into.
+type Visit<'a> = &'a mut dyn FnMut(&OwnedFd, &OsString, &[u8]) -> Result<Option<OwnedFd>, Error>;
+
 /// Walks the tree below `root`, parents before children, names in order.
-fn walk(root: OwnedFd, send: &mut dyn FnMut(Entry) -> Result<(), Error>) -> Result<(), Error> {
+pub(crate) fn walk(root: OwnedFd, visit: Visit<'_>) -> Result<(), Error> {
     let mut path = Vec::new();
     let mut levels = vec![Level { names: names(&root)?, directory: root, path_length: 0 }];
     while let Some(level) = levels.last_mut() {
@@ -108,7 +123,7 @@ fn walk(root: OwnedFd, send: &mut dyn FnMut(Entry) -> Result<(), Error>) -> Resu
             path.push(b'/');
         }
         path.extend_from_slice(name.as_bytes());
-        if let Some(directory) = report(&level.directory, &name, &path, send)? {
+        if let Some(directory) = visit(&level.directory, &name, &path)? {
             if levels.len() >= DEPTH_LIMIT {
                 return Err(Error::other("directories are nested too deeply"));
             }
@@ -125,25 +140,22 @@ fn report(
     path: &[u8],
     send: &mut dyn FnMut(Entry) -> Result<(), Error>,
 ) -> Result<Option<OwnedFd>, Error> {
-    let stat = rustix::fs::statat(parent, name.as_os_str(), AtFlags::SYMLINK_NOFOLLOW)
-        .map_err(|error| Error::other(format!("{}: {}", name.display(), Error::from(error))))?;
+    let stat = stat(parent, name)?;
     let path = ByteBuf::from(path);
     let mode = stat.st_mode & 0o7777;
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::Directory => {
-            let directory = rustix::fs::openat(parent, name.as_os_str(), directory_flags(), Mode::empty())?;
+            let directory = open_directory(parent, name)?;
             send(Entry::Directory { path, mode, opaque: is_opaque(&directory) })?;
             Ok(Some(directory))
         }
         FileType::RegularFile => {
-            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-            let file = File::from(rustix::fs::openat(parent, name.as_os_str(), flags, Mode::empty())?);
-            let modified_ns =
-                stat.st_mtime.saturating_mul(1_000_000_000).saturating_add_unsigned(stat.st_mtime_nsec);
+            let file = open_file(parent, name)?;
+            let modified_ns = modified_ns(&stat);
             let size = stat.st_size.cast_unsigned();
             if size > SMALL {
                 send(Entry::File { path, mode, size, modified_ns })?;
-                return send_content(file, size, send).map(|()| None);
+                return send_content(file, size, &mut |bytes| send(Entry::Data(bytes))).map(|()| None);
             }
             // The kernel's own files say that they are empty, or a page long, and are not.
             let mut content = Vec::new();
@@ -163,10 +175,29 @@ fn report(
     }
 }
 
-fn send_content(
+pub(crate) fn stat(parent: &OwnedFd, name: &OsStr) -> Result<Stat, Error> {
+    rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)
+        .map_err(|error| Error::other(format!("{}: {}", name.display(), Error::from(error))))
+}
+
+pub(crate) fn modified_ns(stat: &Stat) -> i64 {
+    stat.st_mtime.saturating_mul(1_000_000_000).saturating_add_unsigned(stat.st_mtime_nsec)
+}
+
+pub(crate) fn open_directory(parent: &OwnedFd, name: &OsStr) -> Result<OwnedFd, Error> {
+    Ok(rustix::fs::openat(parent, name, directory_flags(), Mode::empty())?)
+}
+
+pub(crate) fn open_file(parent: &OwnedFd, name: &OsStr) -> Result<File, Error> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    Ok(File::from(rustix::fs::openat(parent, name, flags, Mode::empty())?))
+}
+
+/// Sends `size` bytes of a file in chunks.
+pub(crate) fn send_content(
     mut file: File,
     size: u64,
-    send: &mut dyn FnMut(Entry) -> Result<(), Error>,
+    send: &mut dyn FnMut(ByteBuf) -> Result<(), Error>,
 ) -> Result<(), Error> {
     let mut left = size;
     let mut buffer = vec![0; CHUNK];
@@ -176,7 +207,7 @@ fn send_content(
         if count == 0 {
             return Err(Error::other("a file shrank while it was read"));
         }
-        send(Entry::Data(ByteBuf::from(&buffer[..count])))?;
+        send(ByteBuf::from(&buffer[..count]))?;
         left -= count as u64;
     }
     Ok(())
@@ -196,12 +227,12 @@ fn names(directory: &OwnedFd) -> Result<Vec<OsString>, Error> {
     Ok(names)
 }
 
-fn is_opaque(directory: &OwnedFd) -> bool {
+pub(crate) fn is_opaque(directory: &OwnedFd) -> bool {
     let mut value = [0; 2];
     matches!(rustix::fs::fgetxattr(directory, OPAQUE, &mut value[..]), Ok(1)) && value[0] == b'y'
 }
 
-fn directory_flags() -> OFlags {
+pub(crate) fn directory_flags() -> OFlags {
     OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC
 }
 
@@ -217,12 +248,12 @@ mod tests {
         std::fs::write(at("b/deep/file"), vec![7; CHUNK + 1]).unwrap();
         std::fs::write(at("a"), b"").unwrap();
         std::os::unix::fs::symlink("/nowhere", at("c")).unwrap();
-        let odd = std::ffi::OsStr::from_bytes(b"\xff\n");
+        let odd = OsStr::from_bytes(b"\xff\n");
         std::fs::write(layer.path().join(odd), b"odd").unwrap();
         let root = || rustix::fs::open(layer.path(), directory_flags(), Mode::empty()).unwrap();
         let mut seen = Vec::new();
         let mut bytes = 0;
-        walk(root(), &mut |change| {
+        let mut send = |change| {
             match change {
                 Entry::Data(data) => bytes += data.len(),
                 Entry::File { path, size, .. } => seen.push((path.into_vec(), size)),
@@ -231,8 +262,8 @@ mod tests {
                 other => panic!("{other:?}"),
             }
             Ok(())
-        })
-        .unwrap();
+        };
+        walk(root(), &mut |parent, name, path| report(parent, name, path, &mut send)).unwrap();
         let expected: [(&[u8], u64); 6] = [
             (b"a", 0),
             (b"b", 0),

@@ -2,6 +2,9 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::OwnedFd;
+
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
 /// Most bytes of `/etc/passwd` and `/etc/group` that are looked at.
 const FILE_LIMIT: u64 = 4 << 20;
@@ -18,17 +21,22 @@ pub(crate) struct User {
     pub home: Option<String>,
 }
 
-/// Looks `text` up in the guest's files.
+/// Looks `text` up in the files of the guest, or of another root.
 ///
 /// # Errors
 /// Says which user or group there is not.
-pub(crate) fn resolve(text: &str) -> Result<User, String> {
-    resolve_in(text, &read("/etc/passwd"), &read("/etc/group"))
+pub(crate) fn resolve(text: &str, root: Option<&OwnedFd>) -> Result<User, String> {
+    resolve_in(text, &read(root, "/etc/passwd"), &read(root, "/etc/group"))
 }
 
-fn read(path: &str) -> String {
+fn read(root: Option<&OwnedFd>, path: &str) -> String {
     let mut content = Vec::new();
-    if let Ok(file) = File::open(path) {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let opened = match root {
+        Some(root) => openat2(root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT),
+        None => rustix::fs::open(path, flags, Mode::empty()),
+    };
+    if let Ok(file) = opened.map(File::from) {
         // A file that cannot be read names nobody, and numbers need no names.
         let _ = file.take(FILE_LIMIT).read_to_end(&mut content);
     }

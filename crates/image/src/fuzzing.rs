@@ -54,6 +54,8 @@ pub fn documents(data: &[u8]) {
 struct Watched(ImageOutput);
 
 impl FileSink for Watched {
+    type Data = Data;
+
     fn store<I: Input>(
         &mut self,
         reader: &mut TarReader<I>,

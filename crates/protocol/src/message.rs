@@ -6,6 +6,8 @@
 //! | [`Request::Configure`] | nothing | one [`Reply`] |
 //! | [`Request::Exec`] | [`ExecInput`] | [`ExecOutput`], the last one `Exited` or `Failed` |
 //! | [`Request::Changes`], [`Request::CopyOut`] | nothing | [`Entry`], the last one `End` or `Failed` |
+//! | [`Request::LayerOut`] | nothing | [`LayerEntry`], the last one `End` or `Failed` |
+//! | [`Request::LayerIn`] | [`LayerEntry`], the last one `End` | one [`Reply`], as soon as it fails or is done |
 //! | [`Request::CopyIn`] | [`Entry`], the last one `End` | one [`Reply`], as soon as it fails or is done |
 //! | [`Request::Shutdown`] | nothing | one [`Reply`], then the machine ends |
 
@@ -67,6 +69,16 @@ pub enum Request {
         name: ByteBuf,
         /// Owner of what is made, as [`Exec::user`].
         user: String,
+    },
+    /// Send a layer of the writable disk, whole.
+    LayerOut {
+        /// Its number.
+        layer: u32,
+    },
+    /// Make a layer of the writable disk of what is sent. One of that number is replaced.
+    LayerIn {
+        /// Its number.
+        layer: u32,
     },
     /// End all processes, write everything to the disks, end the machine.
     Shutdown {
@@ -209,6 +221,60 @@ pub struct Exec {
     pub terminal: Option<WindowSize>,
     /// Kill the whole process tree after this time, milliseconds.
     pub timeout_ms: Option<u64>,
+    /// A root of its own instead of the machine's: a build's step.
+    pub root: Option<LayeredRoot>,
+}
+
+/// A root made of layers over the machine's image. Everything the program started has ended, and the root is taken apart,
+/// before [`ExecOutput::Exited`] comes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayeredRoot {
+    /// Numbers of the layers over the image, the lowest first.
+    pub lower: Vec<u32>,
+    /// Number of the layer that takes what is written; made if there is none.
+    pub upper: u32,
+    /// What is mounted besides `/proc`, `/sys` and `/dev`, in this order. Mount points that have to be made are gone
+    /// afterwards.
+    pub mounts: Vec<RootMount>,
+}
+
+/// Something mounted in a [`LayeredRoot`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RootMount {
+    /// Absolute path, looked up in that root.
+    pub target: ByteBuf,
+    /// What is there.
+    pub source: RootSource,
+    /// Writes are refused.
+    pub read_only: bool,
+}
+
+/// What is mounted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RootSource {
+    /// An empty file system in memory.
+    Memory {
+        /// Its size, bytes; half of the memory if it is not given.
+        size: Option<u64>,
+    },
+    /// A directory or file of a layer.
+    Layer {
+        /// The layer's number; made if there is none.
+        layer: u32,
+        /// Relative to the layer; empty for all of it.
+        path: ByteBuf,
+    },
+    /// A file in memory.
+    File {
+        /// Permission bits.
+        mode: u32,
+        /// Owner.
+        uid: u32,
+        /// Group.
+        gid: u32,
+        /// The whole content.
+        content: ByteBuf,
+    },
 }
 
 /// Size of a terminal, characters.
@@ -344,4 +410,92 @@ pub enum Entry {
         /// What failed and why, lower case, no final period.
         message: String,
     },
+}
+
+/// One entry of an image's layer, with all that a file system keeps of it. Parents come before children.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LayerEntry {
+    /// A file, directory or other object.
+    Node {
+        /// Relative to the layer; empty for its root.
+        path: ByteBuf,
+        /// Owner, mode, time, extended attributes.
+        attributes: Attributes,
+        /// What it is.
+        kind: NodeKind,
+    },
+    /// The next bytes of the last file.
+    Data(ByteBuf),
+    /// Another name of an earlier entry that is no directory.
+    HardLink {
+        /// Relative to the layer.
+        path: ByteBuf,
+        /// The earlier name.
+        target: ByteBuf,
+    },
+    /// What layers below have at the path is gone.
+    Removed {
+        /// Relative to the layer.
+        path: ByteBuf,
+    },
+    /// Nothing of the layers below shows through the directory, an earlier entry.
+    Opaque {
+        /// Relative to the layer.
+        path: ByteBuf,
+    },
+    /// That was all.
+    End,
+    /// It could not be completed.
+    Failed {
+        /// What failed and why, lower case, no final period.
+        message: String,
+    },
+}
+
+/// What a file system keeps of an object besides its content.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attributes {
+    /// The twelve permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Last modification, nanoseconds since the epoch.
+    pub modified_ns: i64,
+    /// Extended attributes by full name.
+    pub xattrs: Vec<(ByteBuf, ByteBuf)>,
+}
+
+/// What an object is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NodeKind {
+    /// A directory.
+    Directory,
+    /// A regular file; [`LayerEntry::Data`] with `size` bytes in all follow.
+    File {
+        /// Bytes that follow.
+        size: u64,
+    },
+    /// A symbolic link.
+    Symlink {
+        /// Where it points, as stored.
+        target: ByteBuf,
+    },
+    /// A character device, other than 0/0.
+    CharacterDevice {
+        /// Major number.
+        major: u32,
+        /// Minor number.
+        minor: u32,
+    },
+    /// A block device.
+    BlockDevice {
+        /// Major number.
+        major: u32,
+        /// Minor number.
+        minor: u32,
+    },
+    /// A FIFO.
+    Fifo,
 }

@@ -2,8 +2,8 @@
 
 use agentkernel_protocol::control::{ControlReply, ControlRequest, Event, LeaseInput};
 use agentkernel_protocol::message::{
-    Entry, ExecFailure, ExecInput, ExecOutput, ExitStatus, Hello, HelloAnswer, MountMode, Programs, Reply,
-    Request, Root, Writable,
+    Entry, ExecFailure, ExecInput, ExecOutput, ExitStatus, Hello, HelloAnswer, LayerEntry, MountMode,
+    NodeKind, Programs, Reply, Request, Root, RootSource, Writable,
 };
 use serde_reflection::{Samples, Tracer, TracerConfig};
 
@@ -14,8 +14,21 @@ fn the_wire_is_as_frozen() {
     macro_rules! trace {
         ($($type:ty),*) => { $( tracer.trace_type::<$type>(&samples).expect(stringify!($type)); )* };
     }
-    trace!(ExecFailure, ExitStatus, MountMode, Programs, Root, Writable, Hello, HelloAnswer, Request, Reply);
-    trace!(ExecInput, ExecOutput, Entry, ControlRequest, ControlReply, LeaseInput, Event);
+    trace!(
+        ExecFailure,
+        ExitStatus,
+        MountMode,
+        NodeKind,
+        Programs,
+        Root,
+        RootSource,
+        Writable,
+        Hello,
+        HelloAnswer,
+        Request,
+        Reply
+    );
+    trace!(ExecInput, ExecOutput, Entry, LayerEntry, ControlRequest, ControlReply, LeaseInput, Event);
     let schema = tracer.registry().unwrap();
     let mut text = format!("version: {}\n", agentkernel_protocol::VERSION);
     text.push_str(&serde_json::to_string_pretty(&schema).unwrap());

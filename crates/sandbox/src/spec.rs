@@ -86,6 +86,7 @@ impl Defaults {
             user: self.user.clone(),
             terminal: None,
             timeout_ms: None,
+            root: None,
         }
     }
 }

@@ -48,6 +48,14 @@ impl Cgroup {
     }
 }
 
+impl Cgroup {
+    /// Whether no process is left inside.
+    pub(super) fn is_empty(&self) -> bool {
+        let events = read_below(&self.directory, "cgroup.events", 4096).unwrap_or_default();
+        String::from_utf8_lossy(&events).lines().any(|line| line == "populated 0")
+    }
+}
+
 /// Writes to one of a group's control files.
 pub(crate) fn write(directory: &OwnedFd, name: &str, text: &str) -> Result<(), Error> {
     let file = openat(directory, name, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;

@@ -30,11 +30,14 @@ use tokio::task::{spawn_blocking, spawn_local};
 pub(crate) use reaper::Reaper;
 
 use crate::configure::{Layout, read_below};
+use crate::layers::root::StepRoot;
 use crate::system;
 use cgroup::Cgroup;
 use spawn::{Failure, Spawned};
 use streams::Stdin;
 
+/// How long killed processes may take to be gone.
+const EMPTY_PATIENCE: Duration = Duration::from_secs(5);
 /// Messages under way from a program's streams to the host.
 const OUTPUT_QUEUE: usize = 4;
 
@@ -54,16 +57,17 @@ pub(crate) async fn serve(
         let layout = layout.clone();
         spawn_blocking(move || start(&reaper, &layout, &wish)).await
     };
-    let (spawned, cgroup) = match started {
+    let (spawned, cgroup, root) = match started {
         Ok(Ok(started)) => started,
         Ok(Err(Failure { kind, message })) => return fail(&mut stream, kind, message).await,
         Err(error) => return fail(&mut stream, ExecFailure::Other, error.to_string()).await,
     };
     let (reader, writer) = tokio::io::split(stream);
-    let mut program = Program { writer, cgroup: Rc::new(cgroup), layout, killed_before };
+    let mut program = Program { writer, cgroup: Rc::new(cgroup), root, layout, killed_before };
     let result = program.run(spawned, reader, timeout).await;
     if result.is_err() {
         program.cgroup.kill();
+        program.dismantle().await;
     }
     result
 }
@@ -74,12 +78,17 @@ async fn fail(stream: &mut Stream, kind: ExecFailure, message: String) -> Result
 }
 
 /// Everything that may touch a path, on a thread that may wait.
-fn start(reaper: &Reaper, layout: &Layout, wish: &Exec) -> Result<(Spawned, Cgroup), Failure> {
+fn start(reaper: &Reaper, layout: &Layout, wish: &Exec) -> Result<Started, Failure> {
     let cgroup = Cgroup::create(&layout.cgroups, layout.process_limit)
         .map_err(|error| Failure::other("make a cgroup", &error))?;
-    let spawned = spawn::spawn(reaper, wish, &cgroup)?;
-    Ok((spawned, cgroup))
+    let root = wish.root.as_ref().map(|wish| StepRoot::assemble(&layout.layers, wish)).transpose();
+    let root = root.map_err(|message| Failure { kind: ExecFailure::Other, message })?;
+    let spawned = spawn::spawn(reaper, wish, &cgroup, root.as_ref())?;
+    Ok((spawned, cgroup, root))
 }
+
+/// A program, its cgroup, and its root if that is one of its own.
+type Started = (Spawned, Cgroup, Option<StepRoot>);
 
 /// What a program's tasks tell the one that talks to the host.
 enum Event {
@@ -90,6 +99,7 @@ enum Event {
 struct Program {
     writer: WriteHalf<Stream>,
     cgroup: Rc<Cgroup>,
+    root: Option<StepRoot>,
     layout: Arc<Layout>,
     killed_before: u64,
 }
@@ -129,9 +139,21 @@ impl Program {
                 }
             }
         }
+        self.dismantle().await;
         let exit = self.exit(status.unwrap_or(libc::SIGKILL), timed_out.get());
         frame::write(&mut self.writer, &ExecOutput::Exited(exit)).await?;
         Ok(self.writer.shutdown().await?)
+    }
+
+    /// Ends what the program left behind in a root of its own, and takes that apart.
+    async fn dismantle(&mut self) {
+        let Some(root) = self.root.take() else { return };
+        self.cgroup.kill();
+        let deadline = tokio::time::Instant::now() + EMPTY_PATIENCE;
+        while !self.cgroup.is_empty() && tokio::time::Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let _ = spawn_blocking(move || drop(root)).await;
     }
 
     fn exit(&self, status: i32, timed_out: bool) -> Exit {

@@ -18,6 +18,7 @@ use tokio::sync::oneshot;
 use super::cgroup::Cgroup;
 use super::reaper::Reaper;
 use super::streams::{Output, Stdin, Which};
+use crate::layers::root::StepRoot;
 use crate::user::{self, User};
 
 /// Files a program may have open without asking, and at most.
@@ -65,13 +66,21 @@ impl Failure {
     }
 }
 
-/// Starts what `wish` describes, inside `cgroup`.
-pub(super) fn spawn(reaper: &Reaper, wish: &Exec, cgroup: &Cgroup) -> Result<Spawned, Failure> {
-    let user =
-        user::resolve(&wish.user).map_err(|message| Failure { kind: ExecFailure::UnknownUser, message })?;
+/// Starts what `wish` describes, inside `cgroup`, in a root of its own if there is one.
+pub(super) fn spawn(
+    reaper: &Reaper,
+    wish: &Exec,
+    cgroup: &Cgroup,
+    root: Option<&StepRoot>,
+) -> Result<Spawned, Failure> {
+    let user = match root.map(StepRoot::open).transpose() {
+        Ok(directory) => user::resolve(&wish.user, directory.as_ref()),
+        Err(error) => Err(error.to_string()),
+    }
+    .map_err(|message| Failure { kind: ExecFailure::UnknownUser, message })?;
     let program =
         wish.arguments.first().map(|name| String::from_utf8_lossy(name).into_owned()).unwrap_or_default();
-    let plan = Plan::new(wish, &user)?;
+    let plan = Plan::new(wish, &user, root)?;
     let (child, streams) = match wish.terminal {
         Some(size) => terminal(size, &user),
         None => pipes(&user),
@@ -177,6 +186,8 @@ struct Plan {
     shell: Vec<CString>,
     environment: Pointers,
     directory: CString,
+    /// What becomes the root of a mount namespace of its own.
+    root: Option<CString>,
     uid: u32,
     gid: u32,
     groups: Vec<libc::gid_t>,
@@ -196,7 +207,7 @@ impl Pointers {
 }
 
 impl Plan {
-    fn new(wish: &Exec, user: &User) -> Result<Self, Failure> {
+    fn new(wish: &Exec, user: &User, root: Option<&StepRoot>) -> Result<Self, Failure> {
         let text = |bytes: &[u8]| {
             CString::new(bytes).map_err(|error| Failure::other("pass a word with a zero byte", &error))
         };
@@ -216,6 +227,7 @@ impl Plan {
             shell,
             environment: Pointers::new(environment),
             directory: text(if wish.directory.is_empty() { b"/" } else { &wish.directory })?,
+            root: root.map(|root| text(root.path().as_os_str().as_encoded_bytes())).transpose()?,
             uid: user.uid,
             gid: user.gid,
             groups: user.groups.clone(),
@@ -290,6 +302,14 @@ impl Plan {
             libc::signal(libc::SIGPIPE, libc::SIG_DFL);
             libc::umask(0o022);
             other(i64::from(libc::setrlimit64(libc::RLIMIT_NOFILE, &raw const OPEN_FILES)))?;
+            if let Some(root) = &self.root {
+                other(i64::from(libc::unshare(libc::CLONE_NEWNS)))?;
+                other(i64::from(libc::chdir(root.as_ptr())))?;
+                let (here, there) = (c".".as_ptr(), c"/".as_ptr());
+                let none = std::ptr::null();
+                other(i64::from(libc::mount(here, there, none, libc::MS_MOVE, none.cast())))?;
+                other(i64::from(libc::chroot(here)))?;
+            }
             // Past the library: its own calls change the ids of all threads it believes in, which are the parent's, and
             // wait for ever for one that was just being made at the fork.
             other(libc::syscall(libc::SYS_setgroups, self.groups.len(), self.groups.as_ptr()))?;

@@ -5,9 +5,12 @@
 //! in `rootfs`.
 
 mod error;
+pub(crate) mod item;
 pub(crate) mod path;
 mod pax;
 pub(crate) mod pump;
 pub(crate) mod tar;
 
 pub use error::LayerError;
+pub use item::{LayerItem, LayerReader, LayerWriter, NodeKind};
+pub use tar::Metadata;

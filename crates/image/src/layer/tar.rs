@@ -51,15 +51,19 @@ pub(crate) struct Entry {
 
 /// Owner, mode, time and extended attributes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Metadata {
+pub struct Metadata {
     /// The twelve permission bits.
-    pub(crate) mode: u16,
-    pub(crate) user: u32,
-    pub(crate) group: u32,
+    pub mode: u16,
+    /// Owner.
+    pub user: u32,
+    /// Group.
+    pub group: u32,
     /// Seconds since 1970.
-    pub(crate) mtime: i64,
-    pub(crate) mtime_nanoseconds: u32,
-    pub(crate) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    pub mtime: i64,
+    /// Nanoseconds besides.
+    pub mtime_nanoseconds: u32,
+    /// Extended attributes by full name.
+    pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
 /// What an entry is.

@@ -199,6 +199,11 @@ impl Layout {
     }
 }
 
+/// A whole file as an input that can pass over what is not wanted.
+pub(crate) fn section_of(file: std::sync::Arc<File>) -> std::io::Result<SectionReader> {
+    Section::whole(file)?.reader()
+}
+
 fn check_platform(file: &ConfigFile) -> Result<(), LayoutError> {
     if file.architecture == ARCHITECTURE && file.os == OPERATING_SYSTEM {
         return Ok(());

@@ -30,6 +30,11 @@ pub(crate) struct Section {
 }
 
 impl Section {
+    pub(crate) fn whole(file: Arc<File>) -> io::Result<Self> {
+        let length = file.metadata()?.len();
+        Ok(Self { file, offset: 0, length })
+    }
+
     pub(crate) fn length(&self) -> u64 {
         self.length
     }

@@ -23,12 +23,12 @@ pub(crate) const BLOCK: u64 = 4096;
 /// Bytes of an inode without what follows it.
 pub(crate) const INODE_BYTES: u64 = 64;
 /// The unit in which nodes are numbered.
-const SLOT: u64 = 32;
+pub(super) const SLOT: u64 = 32;
 /// Changed whenever the same layers would give another image: part of the cache's key.
 pub(crate) const FORMAT_VERSION: u32 = 1;
 
 const MAGIC: u32 = 0xE0F5_E1E2;
-const SUPERBLOCK_OFFSET: usize = 1024;
+pub(super) const SUPERBLOCK_OFFSET: usize = 1024;
 const FEATURE_CHECKSUM: u32 = 1;
 const FEATURE_MTIME: u32 = 2;
 const EXTENDED: u16 = 1;
@@ -44,9 +44,20 @@ pub(crate) fn block_address(block: u64) -> io::Result<u32> {
     })
 }
 
+/// Name spaces of extended attributes, as EROFS numbers them.
+const SPACES: [(u8, &[u8]); 4] = [(1, b"user."), (4, b"trusted."), (5, b"lustre."), (6, b"security.")];
+
+/// The full name of an extended attribute.
+pub(super) fn xattr_name(space: u8, rest: &[u8]) -> Option<Vec<u8>> {
+    match space {
+        2 => Some(b"system.posix_acl_access".to_vec()),
+        3 => Some(b"system.posix_acl_default".to_vec()),
+        _ => SPACES.iter().find(|(index, _)| *index == space).map(|(_, prefix)| [prefix, rest].concat()),
+    }
+}
+
 /// The name space of an extended attribute, as EROFS numbers it, and the rest of its name.
 pub(crate) fn xattr_prefix(name: &[u8]) -> Option<(u8, &[u8])> {
-    const SPACES: [(u8, &[u8]); 4] = [(1, b"user."), (4, b"trusted."), (5, b"lustre."), (6, b"security.")];
     match name {
         b"system.posix_acl_access" => Some((2, b"")),
         b"system.posix_acl_default" => Some((3, b"")),

@@ -19,7 +19,7 @@ pub(crate) struct Usage {
 
 /// Reads one layer into the tree, and its files' data into the sink.
 pub(crate) fn apply_layer<I: Input, S: FileSink>(
-    tree: &mut Tree,
+    tree: &mut Tree<S::Data>,
     reader: &mut TarReader<I>,
     sink: &mut S,
     usage: &mut Usage,
@@ -40,7 +40,7 @@ pub(crate) fn apply_layer<I: Input, S: FileSink>(
 }
 
 fn apply_entry<I: Input, S: FileSink>(
-    tree: &mut Tree,
+    tree: &mut Tree<S::Data>,
     reader: &mut TarReader<I>,
     sink: &mut S,
     usage: &mut Usage,
@@ -76,7 +76,12 @@ fn apply_entry<I: Input, S: FileSink>(
     tree.insert(&path, object, metadata)
 }
 
-fn hard_link(tree: &mut Tree, name: &[u8], path: &[&[u8]], target: &[u8]) -> Result<(), LayerError> {
+fn hard_link<D: Clone>(
+    tree: &mut Tree<D>,
+    name: &[u8],
+    path: &[&[u8]],
+    target: &[u8],
+) -> Result<(), LayerError> {
     let missing = || LayerError::HardLinkTarget {
         entry: String::from_utf8_lossy(name).into_owned(),
         target: String::from_utf8_lossy(&target[..target.len().min(200)]).into_owned(),

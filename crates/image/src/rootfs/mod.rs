@@ -8,4 +8,6 @@ pub(crate) mod directory;
 pub(crate) mod erofs;
 pub(crate) mod flatten;
 pub(crate) mod output;
+pub(crate) mod reader;
 pub(crate) mod tree;
+pub(crate) mod view;

@@ -20,16 +20,19 @@ const TAIL: u64 = 2048;
 
 /// Takes the data of files.
 pub(crate) trait FileSink {
+    /// How a file's data is found again.
+    type Data: Clone;
+
     /// Stores the current entry's data; `xattr_bytes` is what lies between its inode and its tail.
     fn store<I: Input>(
         &mut self,
         reader: &mut TarReader<I>,
         file: &FileShape<'_>,
         xattr_bytes: u64,
-    ) -> Result<Data, LayerError>;
+    ) -> Result<Self::Data, LayerError>;
 
     /// Gives back the space of data that nothing refers to any more.
-    fn discard(&mut self, dead: DeadData) -> Result<(), LayerError>;
+    fn discard(&mut self, dead: DeadData<Self::Data>) -> Result<(), LayerError>;
 }
 
 /// A file's size and where its data lies.
@@ -70,6 +73,8 @@ impl ImageOutput {
 }
 
 impl FileSink for ImageOutput {
+    type Data = Data;
+
     fn store<I: Input>(
         &mut self,
         reader: &mut TarReader<I>,

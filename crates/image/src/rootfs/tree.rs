@@ -32,12 +32,12 @@ pub(crate) struct Data {
     pub(crate) tail: Option<u64>,
 }
 
-/// What an inode is.
+/// What an inode is; `D` tells where a file's data lies.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum Kind<D = Data> {
     File {
         size: u64,
-        data: Data,
+        data: D,
     },
     /// An index into [`Tree::directories`].
     Directory(u32),
@@ -55,8 +55,8 @@ pub(crate) enum Kind {
 
 /// A file, directory or other object, apart from its names.
 #[derive(Debug)]
-pub(crate) struct Inode {
-    pub(crate) kind: Kind,
+pub(crate) struct Inode<D = Data> {
+    pub(crate) kind: Kind<D>,
     pub(crate) mode: u16,
     pub(crate) user: u32,
     pub(crate) group: u32,
@@ -69,9 +69,9 @@ pub(crate) struct Inode {
     pub(crate) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
-impl Inode {
+impl<D> Inode<D> {
     /// As a directory is that no layer lists: mode 0755, of root, from 1970.
-    fn new(kind: Kind, layer: u32) -> Self {
+    fn new(kind: Kind<D>, layer: u32) -> Self {
         Self {
             kind,
             mode: IMPLICIT_MODE,
@@ -104,8 +104,8 @@ pub(crate) struct Directory {
 
 /// A new object, as [`Tree::insert`] takes it.
 #[derive(Debug)]
-pub(crate) enum Object {
-    File { size: u64, data: Data },
+pub(crate) enum Object<D = Data> {
+    File { size: u64, data: D },
     Directory,
     Symlink(Vec<u8>),
     CharacterDevice { major: u32, minor: u32 },
@@ -115,17 +115,17 @@ pub(crate) enum Object {
 
 /// Data that nothing refers to any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct DeadData {
+pub(crate) struct DeadData<D = Data> {
     pub(crate) size: u64,
-    pub(crate) data: Data,
+    pub(crate) data: D,
 }
 
 /// The file system so far.
 #[derive(Debug)]
-pub(crate) struct Tree {
-    pub(crate) inodes: Vec<Inode>,
+pub(crate) struct Tree<D = Data> {
+    pub(crate) inodes: Vec<Inode<D>>,
     pub(crate) directories: Vec<Directory>,
-    dead: Vec<DeadData>,
+    dead: Vec<DeadData<D>>,
     layer: u32,
     metadata_bytes: u64,
     metadata_limit: u64,
@@ -138,7 +138,7 @@ enum Walk {
     Find,
 }
 
-impl Tree {
+impl<D: Clone> Tree<D> {
     /// An empty root directory. `metadata_limit` bounds the bytes of names, targets and attributes.
     pub(crate) fn new(metadata_limit: u64) -> Self {
         Self {
@@ -157,7 +157,7 @@ impl Tree {
     }
 
     /// Data that became unused since the last call.
-    pub(crate) fn take_dead(&mut self) -> Vec<DeadData> {
+    pub(crate) fn take_dead(&mut self) -> Vec<DeadData<D>> {
         mem::take(&mut self.dead)
     }
 
@@ -165,7 +165,7 @@ impl Tree {
     pub(crate) fn insert(
         &mut self,
         path: &[&[u8]],
-        object: Object,
+        object: Object<D>,
         metadata: Metadata,
     ) -> Result<(), LayerError> {
         let xattr_bytes: usize =
@@ -370,7 +370,7 @@ impl Tree {
             }
             inode.xattrs = BTreeMap::new();
             match &mut inode.kind {
-                Kind::File { size, data } => self.dead.push(DeadData { size: *size, data: *data }),
+                Kind::File { size, data } => self.dead.push(DeadData { size: *size, data: data.clone() }),
                 Kind::Directory(index) => {
                     let children = mem::take(&mut self.directories[*index as usize].children);
                     doomed.extend(children.into_values().map(|link| link.inode));
@@ -429,12 +429,12 @@ impl Tree {
         self.new_inode(kind)
     }
 
-    fn new_directory(&mut self) -> Kind {
+    fn new_directory(&mut self) -> Kind<D> {
         self.directories.push(Directory::default());
         Kind::Directory((self.directories.len() - 1) as u32)
     }
 
-    fn new_inode(&mut self, kind: Kind) -> Result<InodeId, LayerError> {
+    fn new_inode(&mut self, kind: Kind<D>) -> Result<InodeId, LayerError> {
         self.account(INODE_BYTES)?;
         self.inodes.push(Inode::new(kind, self.layer));
         u32::try_from(self.inodes.len() - 1)

@@ -122,7 +122,10 @@ impl Clients {
                     return Ok(());
                 }
             }
-            Request::CopyOut { .. } | Request::CopyIn { .. } => {}
+            Request::CopyOut { .. }
+            | Request::CopyIn { .. }
+            | Request::LayerOut { .. }
+            | Request::LayerIn { .. } => {}
             _ => {
                 return Err(plain(
                     "control",

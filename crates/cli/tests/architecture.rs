@@ -11,6 +11,7 @@ use serde_json::Value;
 
 /// Each crate's directory, the crates it may use, and whether it may hold unsafe code.
 const ROOMS: &[(&str, &[&str], Unsafe)] = &[
+    ("build", &["image"], Unsafe::Forbidden),
     ("cli", &["image", "protocol", "sandbox"], Unsafe::Forbidden),
     // System calls without a safe wrapper, each with its reason beside it.
     ("guest", &["protocol"], Unsafe::Allowed),

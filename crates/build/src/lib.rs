@@ -1,0 +1,5 @@
+//! From a Dockerfile to an image.
+#![forbid(unsafe_code)]
+
+pub mod dockerfile;
+pub mod ignore;

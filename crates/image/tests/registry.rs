@@ -4,7 +4,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -66,6 +66,28 @@ struct Server {
 
 impl Server {
     fn start(handle: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
+        Self::start_with(handle, None)
+    }
+
+    /// With TLS, and a certificate that nobody trusts.
+    fn start_tls(handle: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
+        let names = ["localhost".into(), "127.0.0.1".into(), "0.0.0.0".into()];
+        let rcgen::CertifiedKey { cert, signing_key } = rcgen::generate_simple_self_signed(names).unwrap();
+        let key = rustls::pki_types::PrivatePkcs8KeyDer::from(signing_key.serialize_der());
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![cert.der().clone()], key.into())
+            .unwrap();
+        Self::start_with(handle, Some(Arc::new(config)))
+    }
+
+    fn start_with(
+        handle: impl Fn(&Request) -> Answer + Send + Sync + 'static,
+        tls: Option<Arc<rustls::ServerConfig>>,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let server = Self { address, requests: Arc::default(), is_over: Arc::default() };
@@ -76,12 +98,19 @@ impl Server {
                 if is_over.load(Ordering::SeqCst) {
                     return;
                 }
-                let (requests, handle) = (requests.clone(), handle.clone());
+                let (requests, handle, tls) = (requests.clone(), handle.clone(), tls.clone());
                 let stream = stream.unwrap();
                 std::thread::spawn(move || {
-                    if let Some(request) = receive(&stream) {
+                    let mut stream: Box<dyn Stream> = match tls {
+                        Some(tls) => {
+                            let connection = rustls::ServerConnection::new(tls).unwrap();
+                            Box::new(rustls::StreamOwned::new(connection, stream))
+                        }
+                        None => Box::new(stream),
+                    };
+                    if let Some(request) = receive(&mut stream) {
                         requests.lock().unwrap().push(request.clone());
-                        reply(&stream, &request, &handle(&request));
+                        reply(&mut stream, &request, &handle(&request));
                     }
                 });
             }
@@ -110,8 +139,12 @@ impl Drop for Server {
     }
 }
 
+trait Stream: Read + Write {}
+
+impl<T: Read + Write> Stream for T {}
+
 /// `None` if it is not HTTP, as when a client tries TLS first.
-fn receive(stream: &TcpStream) -> Option<Request> {
+fn receive(stream: &mut impl Stream) -> Option<Request> {
     let mut reader = BufReader::new(stream);
     if reader.fill_buf().ok()?.first()? == &0x16 {
         return None;
@@ -133,7 +166,7 @@ fn receive(stream: &TcpStream) -> Option<Request> {
     Some(Request { method, path, headers, body })
 }
 
-fn reply(mut stream: &TcpStream, request: &Request, answer: &Answer) {
+fn reply(stream: &mut impl Stream, request: &Request, answer: &Answer) {
     let mut text = format!("HTTP/1.1 {} x\r\nConnection: close\r\n", answer.status);
     for (name, value) in &answer.headers {
         text += &format!("{name}: {value}\r\n");
@@ -143,6 +176,7 @@ fn reply(mut stream: &TcpStream, request: &Request, answer: &Answer) {
     // A client that has what it wants may be gone.
     let _ = stream.write_all(text.as_bytes());
     let _ = stream.write_all(&body[..answer.cut.unwrap_or(body.len())]);
+    let _ = stream.flush();
 }
 
 /// A registry's content: blobs and manifests of a fixture, by tag and digest.
@@ -316,11 +350,12 @@ fn guarded(serve: impl Fn(&Request) -> Answer, scope: &'static str) -> impl Fn(&
 #[tokio::test]
 async fn an_image_comes_through_index_and_token_and_only_once() {
     let fixture = Fixture::new();
-    let packs: [fn(&[u8]) -> (String, Vec<u8>); 3] =
+    type Pack = fn(&[u8]) -> (String, Vec<u8>);
+    let packs: [Pack; 3] =
         [plain, |tar| (format!("{LAYER}+gzip"), gzip(tar)), |tar| (format!("{LAYER}+zstd"), zstd(tar))];
     for pack in packs {
         // The last layer is the first again.
-        let layers: Vec<_> = [1, 2, 3, 1].map(|seed| tar(&[file("noise", &noise(100_000, seed))])).into();
+        let layers: Vec<_> = [1, 3, 5, 1].map(|seed| tar(&[file("noise", &noise(100_000, seed))])).into();
         let open = fixture.manifest(&layers, pack);
         let content = Content::new(&fixture, &index(&fixture, &open));
         let server = Server::start(guarded(move |request| content.serve(request), "pull"));
@@ -348,7 +383,7 @@ async fn an_image_comes_through_index_and_token_and_only_once() {
         let again = pull(&local.store, &reference, &options, &|step| assert!(step.is_present)).await.unwrap();
         assert_eq!(again.digest, pulled.digest);
         assert_eq!(server.seen("/blobs/").len(), 4);
-        assert_eq!(server.seen("/manifests/").len(), 4, "with the challenge and the index twice");
+        assert_eq!(server.seen("/manifests/").len(), 5, "two challenges, the index twice, the manifest once");
     }
 }
 
@@ -357,8 +392,7 @@ async fn who_may_not_is_told() {
     let server = Server::start(guarded(|_| answer(200), "pull"));
     let local = Local::new();
     let error = local.pull(&server.reference("me/app:1")).await.unwrap_err();
-    let expected =
-        format!("the registry {0} refuses access to {0}/me/app: who are [1m you?", server.address);
+    let expected = format!("the registry {0} refuses access to {0}/me/app: who are [1m you?", server.address);
     assert_eq!(error.to_string(), expected);
     assert!(error.hint().unwrap().contains("docker login"));
     assert_eq!(server.seen("/token").len(), 1, "it is not tried again");
@@ -709,6 +743,43 @@ async fn only_registries_of_this_machine_may_go_without_tls() {
     pull(&local.store, &reference, &insecure, &|_| {}).await.unwrap();
 }
 
+#[tokio::test]
+async fn what_was_encrypted_stays_so() {
+    let fixture = Fixture::new();
+    let content = Content::new(&fixture, &image(&fixture, 1));
+    let serve = content.clone();
+    let server = Server::start_tls(move |request| serve.serve(request));
+    // On this machine a certificate is not asked for, elsewhere it is.
+    Local::new().pull(&server.reference("me/app:1")).await.unwrap();
+    let reference: Reference = format!("0.0.0.0:{}/me/app:1", server.address.port()).parse().unwrap();
+    let local = Local::new();
+    let before = server.requests.lock().unwrap().len();
+    let error = local.pull(&reference).await.unwrap_err();
+    assert!(matches!(&error, RegistryError::Tls { .. }), "{error}");
+    assert!(error.hint().unwrap().contains("update-ca-certificates"));
+    assert_eq!(server.requests.lock().unwrap().len(), before);
+    let insecure = RegistryOptions { insecure: true, ..options() };
+    pull(&Local::new().store, &reference, &insecure, &|_| {}).await.unwrap();
+
+    let plain = Server::start(|_| answer(200));
+    let (blobs, tokens) = (plain.url("/blob"), plain.url("/token"));
+    let redirecting = Server::start_tls(move |request| match request.path.contains("/blobs/") {
+        true => answer(307).with("Location", blobs.clone()),
+        false => content.serve(request),
+    });
+    let challenging = Server::start_tls(move |_| {
+        answer(401).with("WWW-Authenticate", format!(r#"Bearer realm="{tokens}""#))
+    });
+    for server in [redirecting, challenging] {
+        let options = local.signed_in(&server.address);
+        let error = pull(&local.store, &server.reference("me/app:1"), &options, &|_| {}).await.unwrap_err();
+        assert!(matches!(&error, RegistryError::Redirect { .. }), "{error}");
+        assert!(error.to_string().contains("not HTTPS"), "{error}");
+    }
+    assert!(plain.requests.lock().unwrap().is_empty());
+    local.assert_clean();
+}
+
 /// A store with one image, called `one:1`.
 fn stored(layers: u64) -> (Local, StoredImage) {
     let fixture = Fixture::new();
@@ -743,7 +814,9 @@ async fn a_push_sends_what_is_missing_and_nothing_else() {
     let to = server.reference("me/app:2");
     let options = local.signed_in(&server.address);
     let last: Mutex<BTreeMap<usize, Transfer>> = Mutex::default();
-    let note = |step: Transfer| drop(last.lock().unwrap().insert(step.layer, step));
+    let note = |step: Transfer| {
+        last.lock().unwrap().insert(step.layer, step);
+    };
     assert_eq!(push(&local.store, &image, &to, &options, &note).await.unwrap(), image.digest);
     let puts = storage.seen("/upload?state=a%2Fb&digest=sha256%3A");
     assert_eq!(puts.len(), 3, "a layer twice, and the configuration");

@@ -95,7 +95,7 @@ pub struct Transfer {
     pub sum_size: u64,
 }
 
-/// Told of each step, from several layers in turn.
+/// Told of each piece that arrives or leaves, of several layers in turn: often, so it should be quick.
 pub type OnTransfer<'a> = &'a (dyn Fn(Transfer) + Sync);
 
 /// Counts what is moved, of all layers.

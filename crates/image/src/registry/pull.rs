@@ -300,6 +300,8 @@ impl Pull<'_> {
                     break Err(Failure::transient(self.wrong_size(layer, false)));
                 }
                 Ok(None) => break Ok(()),
+                // All of it is there, however the connection ended.
+                Err(Failure::Transient { .. }) if received == layer.size => break Ok(()),
                 Err(failure) => break Err(failure),
             };
             received = received.saturating_add(chunk.len() as u64);

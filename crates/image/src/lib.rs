@@ -5,7 +5,8 @@
 //! them into one tree in memory and writes that tree as a single read-only EROFS image, which is cached by content.
 //!
 //! Everything read is hostile: documents, names, links and sizes are bounded, and no path of an image ever becomes a
-//! path of the host. Nothing needs root and no external program runs.
+//! path of the host. Nothing needs root, and no external program runs but the helpers for
+//! credentials that Docker's configuration names.
 
 #![forbid(unsafe_code)]
 #![allow(unexpected_cfgs, reason = "cargo-fuzz sets cfg(fuzzing)")]
@@ -21,6 +22,7 @@ mod layout;
 mod limits;
 mod prepare;
 mod reference;
+pub mod registry;
 mod rootfs;
 mod store;
 

@@ -135,7 +135,7 @@ fn parse(text: &str) -> Result<Reference, &'static str> {
 
 /// Whether the first component of a name is a registry and not a part of the path.
 fn is_domain(first: &str) -> bool {
-    first.contains(['.', ':']) || first == "localhost" || first.bytes().any(|byte| byte.is_ascii_uppercase())
+    first.contains(['.', ':']) || first.eq_ignore_ascii_case("localhost")
 }
 
 fn normal_domain(domain: &str) -> Result<String, &'static str> {
@@ -250,6 +250,8 @@ mod tests {
             ("", "it is empty"),
             ("-x", "it begins with `-`"),
             ("My", "it has upper-case letters"),
+            // In lower case it would be a path at Docker Hub.
+            ("A/0", "it has upper-case letters"),
             ("a/../b", "a part of it begins or ends with a separator"),
             ("a//b", "a part of it is empty"),
             ("a..b", "two separators follow each other"),

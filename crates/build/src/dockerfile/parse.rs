@@ -53,11 +53,11 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Dockerfile, DockerfileError> {
                 {
                     return parser.fail(0, format!("two stages are called `{name}`"), None);
                 }
-                file.stages.push(stage);
+                file.stages.push(*stage);
             }
             Parsed::Instruction(instruction) => match (file.stages.last_mut(), &instruction.kind) {
-                (Some(stage), _) => stage.instructions.push(instruction),
-                (None, Kind::Arg(_)) => file.arguments.push(instruction),
+                (Some(stage), _) => stage.instructions.push(*instruction),
+                (None, Kind::Arg(_)) => file.arguments.push(*instruction),
                 (None, _) => {
                     return parser.fail(
                         0,
@@ -94,8 +94,8 @@ fn check_syntax(source: &str, syntax: &Word) -> Result<(), DockerfileError> {
 }
 
 enum Parsed {
-    From(Stage),
-    Instruction(Instruction),
+    From(Box<Stage>),
+    Instruction(Box<Instruction>),
 }
 
 /// A flag: `--name=value`.
@@ -174,11 +174,11 @@ impl Parser<'_> {
             return self.fail(at, format!("{keyword} needs an argument"), None);
         }
         if keyword == "FROM" {
-            return self.from(at, rest).map(Parsed::From);
+            return self.from(at, rest).map(|stage| Parsed::From(Box::new(stage)));
         }
         let kind = self.kind(&keyword, at, rest)?;
         let text = self.text(&range).to_owned();
-        Ok(Parsed::Instruction(Instruction { kind, place: self.line.place(at), text }))
+        Ok(Parsed::Instruction(Box::new(Instruction { kind, place: self.line.place(at), text })))
     }
 
     fn kind(&self, keyword: &str, at: usize, rest: Range<usize>) -> Parse<Kind> {

@@ -1,7 +1,7 @@
 //! Archives of `docker save` from before Docker wrote OCI layouts into them: `manifest.json`, a configuration and
 //! layers by member name. The layers' digests are known only uncompressed, from the configuration.
 
-use super::{Image, Layer, Layout, LayoutError, check_layers, check_platform, parse, read_document};
+use super::{Image, Layer, Layout, LayoutError, check_layers, check_platform, parse, read_section};
 use crate::config::{ConfigFile, DockerImage};
 use crate::digest::Digest;
 
@@ -32,7 +32,7 @@ fn resolve(layout: &Layout, image: &DockerImage, name: Option<&String>) -> Resul
         let missing = || LayoutError::Missing { what: name.chars().take(200).collect() };
         layout.storage.find(name)?.ok_or_else(missing)
     };
-    let bytes = read_document("configuration", &find(&image.config)?)?;
+    let bytes = read_section("configuration", &find(&image.config)?)?;
     let file: ConfigFile = parse("configuration", &bytes)?;
     check_platform(&file)?;
     check_layers(image.layers.len(), file.rootfs.diff_ids.len())?;

@@ -23,7 +23,7 @@ use crate::layer::LayerError;
 use crate::limits::{DOCUMENT_BYTES, LAYERS, Limits};
 
 pub use error::LayoutError;
-pub(crate) use select::{FULL_NAME, REFERENCE};
+pub(crate) use select::{Document, FULL_NAME, REFERENCE, document_kind, for_platform, read_document};
 use storage::{Section, SectionReader, Storage};
 
 /// The system that images are chosen for.
@@ -111,17 +111,13 @@ impl Layout {
     /// A document without a digest, by name.
     fn named_document<T: DeserializeOwned>(&self, name: &'static str) -> Result<T, LayoutError> {
         let section = self.storage.find(name)?.ok_or_else(|| LayoutError::Missing { what: name.into() })?;
-        parse(name, &read_document(name, &section)?)
+        parse(name, &read_section(name, &section)?)
     }
 
     /// A document by descriptor, verified.
-    fn document<T: DeserializeOwned>(&self, what: &str, descriptor: &Descriptor) -> Result<T, LayoutError> {
-        parse(what, &self.document_bytes(what, descriptor)?)
-    }
-
     fn document_bytes(&self, what: &str, descriptor: &Descriptor) -> Result<Vec<u8>, LayoutError> {
         let section = self.blob(descriptor)?;
-        let bytes = read_document(what, &section)?;
+        let bytes = read_section(what, &section)?;
         let actual = Digest::of(&bytes);
         if actual != descriptor.digest {
             return Err(LayoutError::WrongDigest { expected: descriptor.digest, actual });
@@ -154,16 +150,9 @@ impl Layout {
         document: Vec<u8>,
         manifest: &Manifest,
     ) -> Result<Image, LayoutError> {
-        if !is_config(&manifest.config.media_type) {
-            return Err(LayoutError::UnsupportedMediaType {
-                what: "configuration",
-                media_type: manifest.config.media_type.clone(),
-            });
-        }
+        check_types(manifest)?;
         let config_document = self.document_bytes("configuration", &manifest.config)?;
-        let file: ConfigFile = parse("configuration", &config_document)?;
-        check_platform(&file)?;
-        check_layers(manifest.layers.len(), file.rootfs.diff_ids.len())?;
+        let file = read_config(manifest, &config_document)?;
         let layers = manifest
             .layers
             .iter()
@@ -182,13 +171,6 @@ impl Layout {
     }
 
     fn layer(&self, descriptor: &Descriptor, diff_id: Digest) -> Result<Layer, LayoutError> {
-        if descriptor.media_type.ends_with("+encrypted") {
-            return Err(LayoutError::EncryptedLayer { digest: descriptor.digest });
-        }
-        if !is_layer(&descriptor.media_type) {
-            let media_type = descriptor.media_type.clone();
-            return Err(LayoutError::UnsupportedMediaType { what: "layer", media_type });
-        }
         Ok(Layer {
             name: descriptor.digest.to_string(),
             digest: Some(descriptor.digest),
@@ -202,6 +184,40 @@ impl Layout {
 /// A whole file as an input that can pass over what is not wanted.
 pub(crate) fn section_of(file: std::sync::Arc<File>) -> std::io::Result<SectionReader> {
     Section::whole(file)?.reader()
+}
+
+/// Whether a manifest names nothing but a configuration and layers, of kinds that can be read.
+///
+/// # Errors
+/// If it does not.
+pub(crate) fn check_types(manifest: &Manifest) -> Result<(), LayoutError> {
+    let unsupported = |what, descriptor: &Descriptor| {
+        let media_type = descriptor.media_type.clone();
+        Err(LayoutError::UnsupportedMediaType { what, media_type })
+    };
+    if !is_config(&manifest.config.media_type) {
+        return unsupported("configuration", &manifest.config);
+    }
+    for layer in &manifest.layers {
+        if layer.media_type.ends_with("+encrypted") {
+            return Err(LayoutError::EncryptedLayer { digest: layer.digest });
+        }
+        if !is_layer(&layer.media_type) {
+            return unsupported("layer", layer);
+        }
+    }
+    Ok(())
+}
+
+/// Reads a manifest's configuration, whose digest is verified already.
+///
+/// # Errors
+/// If it is invalid, for another system, or does not fit the manifest.
+pub(crate) fn read_config(manifest: &Manifest, bytes: &[u8]) -> Result<ConfigFile, LayoutError> {
+    let file: ConfigFile = parse("configuration", bytes)?;
+    check_platform(&file)?;
+    check_layers(manifest.layers.len(), file.rootfs.diff_ids.len())?;
+    Ok(file)
 }
 
 fn check_platform(file: &ConfigFile) -> Result<(), LayoutError> {
@@ -242,7 +258,7 @@ fn is_layer(media_type: &str) -> bool {
     compressed(&OCI, &["", "+gzip", "+zstd"]) || compressed(&DOCKER, &["", ".gzip", ".zstd"])
 }
 
-fn read_document(what: &str, section: &Section) -> Result<Vec<u8>, LayoutError> {
+fn read_section(what: &str, section: &Section) -> Result<Vec<u8>, LayoutError> {
     use std::io::Read;
     if section.length() > DOCUMENT_BYTES {
         return Err(LayoutError::DocumentTooLarge { what: what.into(), size: section.length() });

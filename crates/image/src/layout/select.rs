@@ -45,29 +45,53 @@ fn descend(
 ) -> Result<Image, LayoutError> {
     for _ in 0..INDEX_DEPTH {
         let chosen = for_platform(candidates)?;
-        match chosen.media_type.as_str() {
-            "application/vnd.oci.image.index.v1+json"
-            | "application/vnd.docker.distribution.manifest.list.v2+json" => {
-                let index: Index = layout.document("index", &chosen)?;
-                check_index(&index)?;
-                check_type(index.media_type.as_deref(), &chosen, "index")?;
-                candidates = index.manifests;
-            }
-            "application/vnd.oci.image.manifest.v1+json"
-            | "application/vnd.docker.distribution.manifest.v2+json" => {
-                let bytes = layout.document_bytes("manifest", &chosen)?;
-                let manifest: Manifest = parse("manifest", &bytes)?;
-                check_manifest(&manifest)?;
-                check_type(manifest.media_type.as_deref(), &chosen, "manifest")?;
-                return layout.resolve(name, &chosen, bytes, &manifest);
-            }
-            _ => {
-                let media_type = chosen.media_type;
-                return Err(LayoutError::UnsupportedMediaType { what: "manifest", media_type });
-            }
+        let bytes = layout.document_bytes(document_kind(&chosen.media_type)?, &chosen)?;
+        match read_document(&chosen, &bytes)? {
+            Document::Index(descriptors) => candidates = descriptors,
+            Document::Manifest(manifest) => return layout.resolve(name, &chosen, bytes, &manifest),
         }
     }
     Err(LayoutError::TooDeep)
+}
+
+/// What the descriptor of an image leads to.
+pub(crate) enum Document {
+    /// One manifest for each platform.
+    Index(Vec<Descriptor>),
+    /// The image's own.
+    Manifest(Manifest),
+}
+
+/// What to call a document of that type: `index` or `manifest`.
+///
+/// # Errors
+/// If it is neither.
+pub(crate) fn document_kind(media_type: &str) -> Result<&'static str, LayoutError> {
+    match media_type {
+        "application/vnd.oci.image.index.v1+json"
+        | "application/vnd.docker.distribution.manifest.list.v2+json" => Ok("index"),
+        "application/vnd.oci.image.manifest.v1+json"
+        | "application/vnd.docker.distribution.manifest.v2+json" => Ok("manifest"),
+        _ => Err(LayoutError::UnsupportedMediaType { what: "manifest", media_type: media_type.to_owned() }),
+    }
+}
+
+/// Reads the document that `descriptor` leads to, whose digest is verified already.
+///
+/// # Errors
+/// If it is not what its descriptor says.
+pub(crate) fn read_document(descriptor: &Descriptor, bytes: &[u8]) -> Result<Document, LayoutError> {
+    let what = document_kind(&descriptor.media_type)?;
+    if what == "index" {
+        let index: Index = parse(what, bytes)?;
+        check_index(&index)?;
+        check_type(index.media_type.as_deref(), descriptor, what)?;
+        return Ok(Document::Index(index.manifests));
+    }
+    let manifest: Manifest = parse(what, bytes)?;
+    check_manifest(&manifest)?;
+    check_type(manifest.media_type.as_deref(), descriptor, what)?;
+    Ok(Document::Manifest(manifest))
 }
 
 /// The descriptors a tag means; without one, all of them if they are one image.
@@ -140,7 +164,7 @@ fn names(descriptors: &[Descriptor]) -> Vec<String> {
 }
 
 /// The descriptor for this platform. One that names no platform may be anything: its configuration will tell.
-fn for_platform(candidates: Vec<Descriptor>) -> Result<Descriptor, LayoutError> {
+pub(crate) fn for_platform(candidates: Vec<Descriptor>) -> Result<Descriptor, LayoutError> {
     let rank = |descriptor: &Descriptor| match &descriptor.platform {
         Some(platform) if platform.os != OPERATING_SYSTEM || platform.architecture != ARCHITECTURE => None,
         // Of several for amd64, the one that asks for the least.

@@ -123,6 +123,14 @@ impl BlobWriter {
         self.size
     }
 
+    /// Adds to its end.
+    ///
+    /// # Errors
+    /// If the store cannot be written.
+    pub fn append(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
+        self.write_all(bytes).map_err(StoreError::at("write", &self.store.root.join("ingest/blob")))
+    }
+
     /// Verifies the blob and makes it visible under its digest.
     ///
     /// # Errors

@@ -31,6 +31,7 @@ use crate::digest::Digest;
 
 pub use blobs::BlobWriter;
 pub use error::StoreError;
+pub(crate) use import::MANIFEST;
 pub use names::{ListedImage, StoredImage};
 pub use prune::Pruned;
 

@@ -129,8 +129,8 @@ Examples:
 /// A flag beats agentkernel.toml, which beats the profile.
 #[derive(Debug, Args)]
 pub(crate) struct SandboxArguments {
-    /// Root file system: `host` (this machine's own toolchain, read-only), the name of an image (agentkernel images list),
-    /// or an OCI layout directory or archive, with :TAG if it holds several images.
+    /// Root file system: `host` (this machine's own toolchain, read-only), the name of an image (pulled
+    /// if it is not here), or an OCI layout directory or archive, with :TAG if it holds several images.
     #[arg(short, long, value_name = "IMAGE")]
     pub image: Option<String>,
     /// How much the sandbox is trusted: permissive, moderate or restrictive [default: moderate].
@@ -487,6 +487,24 @@ pub(crate) enum ImagesVerb {
         #[arg(long)]
         json: bool,
     },
+    /// Fetch images from their registries. A name without a registry is Docker Hub's.
+    Pull {
+        /// Names of images, such as alpine:3.20 or ghcr.io/me/tools@sha256:...
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+        #[command(flatten)]
+        registry: RegistryArguments,
+    },
+    /// Send an image to a registry.
+    Push {
+        /// Name or id of an image.
+        image: String,
+        /// Send it under this name instead of its own.
+        #[arg(value_name = "NAME")]
+        to: Option<String>,
+        #[command(flatten)]
+        registry: RegistryArguments,
+    },
     /// Write images to an OCI archive, which `docker load` reads as well.
     Save {
         /// Names or ids of images.
@@ -532,10 +550,25 @@ pub(crate) enum ImagesVerb {
     },
 }
 
+/// How to talk to registries. Credentials are Docker's: ~/.docker/config.json and its helpers.
+#[derive(Debug, Args)]
+pub(crate) struct RegistryArguments {
+    /// Allow a registry without TLS, or with a certificate that cannot be verified. One on this machine may anyway.
+    #[arg(long)]
+    pub insecure: bool,
+    /// Print the result as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Show no progress.
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
 const IMAGES_EXAMPLES: &str = "\
 Examples:
   docker save my-tools | agentkernel images load -
   agentkernel images load ./layout:3.12 --tag python:3.12
+  agentkernel images pull alpine:3.20
   agentkernel run --image my-tools -- make test
   agentkernel images save my-tools -o my-tools.tar";
 

@@ -8,18 +8,19 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use crate::cache::{Cache, ENDING, Scratch};
-use crate::config::ImageConfig;
+use crate::config::{Descriptor, ImageConfig};
 use crate::digest::{Digest, HashingReader};
 use crate::error::ImageError;
 use crate::layer::LayerError;
 use crate::layer::pump::{self, Compression, PumpReader};
 use crate::layer::tar::{Stream, TarReader};
-use crate::layout::{Image, Layer, Layout};
+use crate::layout::{Layer, Layout};
 use crate::limits::Limits;
 use crate::rootfs::erofs::{FORMAT_VERSION, looks_whole, write_metadata};
 use crate::rootfs::flatten::{Usage, apply_layer};
 use crate::rootfs::output::ImageOutput;
 use crate::rootfs::tree::Tree;
+use crate::store::Store;
 
 /// How long a root file system is left alone after it was asked for.
 const IN_USE: Duration = Duration::from_secs(3600);
@@ -87,14 +88,7 @@ impl RootFileSystem {
         let cache = Cache::open(cache_dir)?;
         let layout = Layout::open(source, limits, &mut || cache.unnamed())?;
         let image = layout.image(tag)?;
-        let diff_ids: Vec<_> = image.layers.iter().map(|layer| layer.diff_id).collect();
-        let key = key(&diff_ids);
-        let target = cache.path(&key.hex());
-        match File::open(&target) {
-            // Told that it was used: `prune` leaves alone what was lately.
-            Ok(file) if looks_whole(&file).unwrap_or(false) => drop(file.set_modified(SystemTime::now())),
-            _ => flatten(&layout, &image, &key, &cache, progress, limits)?.publish(&target)?,
-        }
+        let target = prepare_layers(&layout, &image.layers, &cache, progress, limits)?;
         Ok(PreparedImage {
             root_file_system: target,
             digest: image.digest.to_string(),
@@ -104,7 +98,44 @@ impl RootFileSystem {
     }
 }
 
+/// The root file system of these layers, made if it is not there.
+fn prepare_layers(
+    layout: &Layout,
+    layers: &[Layer],
+    cache: &Cache,
+    progress: &mut dyn FnMut(Progress),
+    limits: &Limits,
+) -> Result<PathBuf, ImageError> {
+    let diff_ids: Vec<_> = layers.iter().map(|layer| layer.diff_id).collect();
+    let key = key(&diff_ids);
+    let target = cache.path(&key.hex());
+    match File::open(&target) {
+        // Told that it was used: `prune` leaves alone what was lately.
+        Ok(file) if looks_whole(&file).unwrap_or(false) => drop(file.set_modified(SystemTime::now())),
+        _ => flatten(layout, layers, &key, cache, progress, limits)?.publish(&target)?,
+    }
+    Ok(target)
+}
+
 impl RootFileSystem {
+    /// Prepares the root file system of some of the store's layers, lowest first, each with its uncompressed digest.
+    ///
+    /// # Errors
+    /// As [`RootFileSystem::prepare`].
+    pub fn of_layers(
+        store: &Store,
+        layers: &[(Descriptor, Digest)],
+        cache_dir: &Path,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<PathBuf, ImageError> {
+        let cache = Cache::open(cache_dir)?;
+        let limits = Limits::default();
+        let layout = Layout::open(store.path(), &limits, &mut || cache.unnamed())?;
+        let layers = layers.iter().map(|(descriptor, diff_id)| layout.layer(descriptor, *diff_id));
+        let layers = layers.collect::<Result<Vec<_>, _>>()?;
+        prepare_layers(&layout, &layers, &cache, progress, &limits)
+    }
+
     /// Where the root file system of these layers lies once it was prepared; layers by their uncompressed digest, lowest
     /// first.
     pub fn path(cache_dir: &Path, diff_ids: &[Digest]) -> PathBuf {
@@ -191,21 +222,22 @@ fn key(diff_ids: &[Digest]) -> Digest {
 
 fn flatten(
     layout: &Layout,
-    image: &Image,
+    image_layers: &[Layer],
     key: &Digest,
     cache: &Cache,
     progress: &mut dyn FnMut(Progress),
     limits: &Limits,
 ) -> Result<Scratch, ImageError> {
     let scratch = cache.scratch()?;
-    let clone = scratch.file.try_clone().map_err(|source| ImageError::cache("open", &image.name, source))?;
+    let clone =
+        scratch.file.try_clone().map_err(|source| ImageError::cache("open", cache.path("new"), source))?;
     let mut output = ImageOutput::new(clone, cache.unnamed()?);
     let mut tree = Tree::new(limits.metadata_bytes);
     let mut usage = Usage::default();
-    let layers = image.layers.len();
+    let layers = image_layers.len();
     let mut state = Progress { layer: 0, layers, bytes: 0, total_bytes: 0 };
-    state.total_bytes = image.layers.iter().map(|layer| layer.size).fold(0, u64::saturating_add);
-    for (index, layer) in image.layers.iter().enumerate() {
+    state.total_bytes = image_layers.iter().map(|layer| layer.size).fold(0, u64::saturating_add);
+    for (index, layer) in image_layers.iter().enumerate() {
         state.layer = index + 1;
         let before = state.bytes;
         read_layer(layout, layer, &mut tree, &mut output, &mut usage, limits, &mut |bytes| {

@@ -377,7 +377,7 @@ async fn an_image_comes_through_index_and_token_and_only_once() {
         for layer in 1..=4 {
             let last = steps.iter().rfind(|step| step.layer == layer).unwrap();
             assert_eq!((last.bytes, last.layers, last.is_present), (last.size, 4, layer == 4));
-            assert_eq!(last.digest, pulled.layers[layer - 1]);
+            assert_eq!(last.digest, pulled.layers[layer - 1].digest);
         }
 
         let again = pull(&local.store, &reference, &options, &|step| assert!(step.is_present)).await.unwrap();
@@ -801,7 +801,7 @@ async fn a_push_sends_what_is_missing_and_nothing_else() {
             _ => answer(if request.method == "PUT" { 201 } else { 405 }),
         }
     });
-    let present = image.layers[0].to_string();
+    let present = image.layers[0].digest.to_string();
     let target = storage.url("/upload?state=a%2Fb");
     let serve = move |request: &Request| match request.method.as_str() {
         "HEAD" if request.path.ends_with(&present) => answer(200),
@@ -821,7 +821,7 @@ async fn a_push_sends_what_is_missing_and_nothing_else() {
     let puts = storage.seen("/upload?state=a%2Fb&digest=sha256%3A");
     assert_eq!(puts.len(), 3, "a layer twice, and the configuration");
     assert!(puts.iter().all(|put| put.header("authorization").is_none()));
-    assert_eq!(Digest::of(&puts[1].body), image.layers[1]);
+    assert_eq!(Digest::of(&puts[1].body), image.layers[1].digest);
     assert_eq!(Digest::of(&puts[2].body), image.image_id);
     let manifest = server.seen("/v2/me/app/manifests/2").remove(0);
     assert_eq!(manifest.header("content-type"), Some(MANIFEST));

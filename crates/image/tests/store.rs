@@ -121,7 +121,7 @@ fn names_come_and_go_and_prune_takes_what_none_leads_to() {
     assert_eq!(store.find("other").unwrap().digest, two.digest);
 
     assert!(store.untag(&reference("other")).unwrap());
-    let upper = two.layers[1];
+    let upper = two.layers[1].digest;
     // Somebody else still needs one of the layers.
     let kept = HashSet::from([upper]);
     assert_eq!(store.prune(&kept, true).unwrap().blobs, 2);

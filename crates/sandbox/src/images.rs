@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use agentkernel_image::registry::{self, OnTransfer, RegistryError, RegistryOptions};
 use agentkernel_image::{
     PreparedImage, Progress, Pruned, Reference, RootFileSystem, Store, StoreError, StoredImage,
     split_reference,
@@ -123,7 +124,7 @@ impl Images {
         Ok(ImageDetails {
             info: self.info(&image, &self.users()?),
             names: same.map(|other| familiar(&other.name)).collect(),
-            layers: image.layers.iter().map(ToString::to_string).collect(),
+            layers: image.layers.iter().map(|layer| layer.digest.to_string()).collect(),
             configuration,
         })
     }
@@ -174,6 +175,51 @@ impl Images {
         self.store.tag(&image, &reference).map_err(store_problem)
     }
 
+    /// Fetches an image from its registry; its name.
+    ///
+    /// # Errors
+    /// If there is no such image, the registry cannot be reached or does not want us, or the disk is full.
+    pub async fn pull(
+        &self,
+        name: &str,
+        options: &RegistryOptions,
+        on_transfer: OnTransfer<'_>,
+    ) -> Result<String, Problem> {
+        let reference = parse(name)?;
+        let pulled = registry::pull(&self.store, &reference, options, on_transfer).await;
+        Ok(familiar(&pulled.map_err(|error| registry_problem(&error))?.name))
+    }
+
+    /// Sends an image to a registry, under its own name or another; the digest of its manifest there.
+    ///
+    /// # Errors
+    /// Code `image-not-found`, or if the registry cannot be reached or does not want it.
+    pub async fn push(
+        &self,
+        name: &str,
+        to: Option<&str>,
+        options: &RegistryOptions,
+        on_transfer: OnTransfer<'_>,
+    ) -> Result<String, Problem> {
+        let image = self.store.find(name).map_err(store_problem)?;
+        let reference = parse(to.unwrap_or(&image.name))?;
+        let pushed = registry::push(&self.store, &image, &reference, options, on_transfer).await;
+        Ok(pushed.map_err(|error| registry_problem(&error))?.to_string())
+    }
+
+    /// Whether `reference` is to be had without a registry: it is in the store, or a path.
+    pub fn is_here(&self, reference: &str) -> bool {
+        is_path(reference) || self.store.find(reference).is_ok() || split_reference(reference).0.exists()
+    }
+
+    /// A name of the store that looks like `name`, which is none.
+    pub fn nearest(&self, name: &str) -> Option<String> {
+        match self.store.find(name) {
+            Err(StoreError::NotFound { nearest, .. }) => nearest,
+            _ => None,
+        }
+    }
+
     /// Takes a name away and frees what nothing needs any more.
     ///
     /// # Errors
@@ -182,7 +228,7 @@ impl Images {
         let image = self.store.find(name).map_err(store_problem)?;
         let names = self.store.list().map_err(store_problem)?;
         let same = names.iter().filter_map(|listed| listed.image.as_ref().ok());
-        let is_last = same.filter(|other| other.layers == image.layers).count() == 1;
+        let is_last = same.filter(|other| other.diff_ids == image.diff_ids).count() == 1;
         let used_by = self.info(&image, &self.users()?).used_by;
         if is_last && !force && !used_by.is_empty() {
             return Err(Problem {
@@ -245,8 +291,7 @@ impl Images {
         let mut tell = |step| progress(&describe("unpacking", step));
         let failed = |error: agentkernel_image::ImageError| problem("image", &error, error.hint());
         // What says of itself that it is a path is one; a name beats a file that happens to be called so.
-        let is_path = reference.starts_with(['/', '.', '~']) || reference.ends_with(".tar");
-        let not_found = match is_path {
+        let not_found = match is_path(reference) {
             true => None,
             false => match self.store.find(reference) {
                 Ok(image) => {
@@ -299,6 +344,19 @@ impl Images {
             problem: None,
         }
     }
+}
+
+/// Whether a reference can only be meant as a path.
+fn is_path(reference: &str) -> bool {
+    reference.starts_with(['/', '.', '~']) || reference.ends_with(".tar")
+}
+
+fn registry_problem(error: &RegistryError) -> Problem {
+    let code = match error {
+        RegistryError::NotFound { .. } => "image-not-found",
+        _ => "registry",
+    };
+    problem(code, error, error.hint())
 }
 
 fn parse(name: &str) -> Result<Reference, Problem> {

@@ -1,12 +1,18 @@
 //! `agentkernel images`.
 
+use std::collections::BTreeMap;
 use std::io::Read;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
+use agentkernel_image::registry::{RegistryOptions, Transfer};
 use agentkernel_sandbox::images::{ImageInfo, Images, archive_output, format_size};
+use agentkernel_sandbox::state::Home;
 use agentkernel_sandbox::{Problem, io, plain};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
-use crate::arguments::ImagesVerb;
+use crate::arguments::{ImagesVerb, RegistryArguments};
 use crate::{environment, ui};
 
 /// Digits of an id that tell images apart for people.
@@ -26,6 +32,29 @@ pub(super) fn images(verb: &ImagesVerb) -> Result<u8, Problem> {
                 let _ = std::fs::remove_file(output);
             }
             saved?;
+        }
+        ImagesVerb::Pull { names, registry } => {
+            let mut pulled = Vec::new();
+            for name in names {
+                pulled.push(pull(&images, name, registry)?);
+            }
+            if registry.json {
+                ui::json(&json!({ "pulled": pulled }));
+            } else {
+                ui::data(&pulled.iter().map(|name| format!("{name}\n")).collect::<String>());
+            }
+        }
+        ImagesVerb::Push { image, to, registry } => {
+            let bars = Bars::new(!registry.quiet, "pushing");
+            let options = options(registry.insecure)?;
+            let digest =
+                super::block_on(images.push(image, to.as_deref(), &options, &|step| bars.show(step)))??;
+            bars.clear();
+            if registry.json {
+                ui::json(&json!({ "pushed": to.as_ref().unwrap_or(image), "digest": digest }));
+            } else {
+                ui::data(&format!("{digest}\n"));
+            }
         }
         ImagesVerb::Tag { image, name } => images.tag(image, name)?,
         ImagesVerb::Inspect { image, json } => inspect(&images, image, *json)?,
@@ -59,6 +88,80 @@ pub(super) fn images(verb: &ImagesVerb) -> Result<u8, Problem> {
         }
     }
     Ok(0)
+}
+
+/// Fetches what `reference` names if it is not to be had without.
+pub(super) fn ensure(home: &Home, reference: &str, quiet: bool) -> Result<(), Problem> {
+    let images = Images::open(home)?;
+    if images.is_here(reference) {
+        return Ok(());
+    }
+    if !quiet {
+        ui::note(&format!("image {} is not here: pulling it", ui::line(reference)));
+    }
+    let pulled = pull(&images, reference, &RegistryArguments { insecure: false, json: false, quiet });
+    pulled.map(drop).map_err(|mut problem| {
+        if let Some(near) = images.nearest(reference) {
+            problem.hint = Some(format!("did you mean {near}?"));
+        }
+        problem
+    })
+}
+
+fn pull(images: &Images, name: &str, registry: &RegistryArguments) -> Result<String, Problem> {
+    let bars = Bars::new(!registry.quiet, "pulling");
+    let options = options(registry.insecure)?;
+    let pulled = super::block_on(images.pull(name, &options, &|step| bars.show(step)))?;
+    bars.clear();
+    pulled
+}
+
+fn options(insecure: bool) -> Result<RegistryOptions, Problem> {
+    let directory = match std::env::var_os("DOCKER_CONFIG").filter(|value| !value.is_empty()) {
+        Some(directory) => PathBuf::from(directory),
+        None => environment::home_directory()?.join(".docker"),
+    };
+    Ok(RegistryOptions {
+        docker_config: Some(directory.join("config.json")),
+        helper_path: std::env::var_os("PATH"),
+        insecure,
+        ..RegistryOptions::default()
+    })
+}
+
+/// A bar for each layer that moves, on a terminal.
+struct Bars {
+    all: MultiProgress,
+    verb: &'static str,
+    layers: Mutex<BTreeMap<usize, ProgressBar>>,
+}
+
+impl Bars {
+    fn new(wanted: bool, verb: &'static str) -> Self {
+        let target = if wanted { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        Self { all: MultiProgress::with_draw_target(target), verb, layers: Mutex::default() }
+    }
+
+    fn show(&self, step: Transfer) {
+        if step.is_present {
+            return;
+        }
+        let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        let bar = layers.entry(step.layer).or_insert_with(|| {
+            let bar = self.all.add(ProgressBar::new(step.size));
+            let template = "{prefix} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}";
+            if let Ok(style) = ProgressStyle::with_template(template) {
+                bar.set_style(style.progress_chars("=> "));
+            }
+            let id: String = step.digest.hex().chars().take(SHORT_ID).collect();
+            bar.with_prefix(format!("{} {id} {}/{}", self.verb, step.layer, step.layers))
+        });
+        bar.set_position(step.bytes);
+    }
+
+    fn clear(&self) {
+        let _ = self.all.clear();
+    }
 }
 
 fn list(images: &Images, json: bool, quiet: bool) -> Result<u8, Problem> {

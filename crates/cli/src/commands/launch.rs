@@ -15,6 +15,7 @@ use agentkernel_sandbox::spec::{HostMount, MountSource, SpecFile};
 use agentkernel_sandbox::state::{HeldSandbox, Home};
 use agentkernel_sandbox::{Problem, client, io, launch, lifecycle, plain, problem};
 
+use super::images;
 use crate::arguments::{self, Network, SandboxArguments};
 use crate::{environment, ui, values};
 
@@ -104,6 +105,9 @@ pub(super) fn settle(home: &Home, arguments: &SandboxArguments, quiet: bool) -> 
     };
     home.sweep();
     let mut status = ui::Status::new(!quiet);
+    if let Some(reference) = request.image.as_deref().filter(|reference| *reference != "host") {
+        images::ensure(home, reference, quiet)?;
+    }
     let launch = launch::settle(home, request, &mut |text| status.say(text))?;
     status.clear();
     if !quiet {

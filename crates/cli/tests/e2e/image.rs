@@ -139,30 +139,97 @@ fn images_are_kept_by_name() {
     let said = host.agentkernel(&["images", "rm", "my-tools"]);
     said.expect(1);
     assert!(said.stderr.contains("used by dev") && said.stderr.contains("--force"), "{}", said.stderr);
-    host.agentkernel(&["images", "tag", &id[7..19], "registry.example/team/tools:2"]).expect(0);
+    host.agentkernel(&["images", "tag", &id[7..19], "localhost:1/team/tools:2"]).expect(0);
     host.agentkernel(&["images", "rm", "my-tools"]).expect(0);
-    let said = host.agentkernel(&["run", "--image", "registry.example/team/tols:2", "--", "true"]);
+    let said = host.agentkernel(&["run", "--image", "localhost:1/team/tols:2", "--", "true"]);
     said.expect(125);
-    assert!(said.stderr.contains("did you mean registry.example/team/tools:2?"), "{}", said.stderr);
-    let inspected = host.agentkernel(&["images", "inspect", "registry.example/team/tools:2"]);
+    assert!(said.stderr.contains("did you mean localhost:1/team/tools:2?"), "{}", said.stderr);
+    let inspected = host.agentkernel(&["images", "inspect", "localhost:1/team/tools:2"]);
     assert!(inspected.expect(0).contains("/bin/busybox env EXTRA=1"), "{}", inspected.expect(0));
 
     let saved = host.path().join("saved.tar");
-    let save = ["images", "save", "registry.example/team/tools:2", "-o", saved.to_str().unwrap()];
+    let save = ["images", "save", "localhost:1/team/tools:2", "-o", saved.to_str().unwrap()];
     host.agentkernel(&save).expect(0);
-    host.agentkernel(&["images", "rm", "--force", "registry.example/team/tools:2"]).expect(0);
+    host.agentkernel(&["images", "rm", "--force", "localhost:1/team/tools:2"]).expect(0);
     assert_eq!(list(&host), serde_json::json!([]));
     assert_eq!(fs::read_dir(host.state().join("images/blobs/sha256")).unwrap().count(), 0);
     let loaded = host.agentkernel(&["images", "load", saved.to_str().unwrap(), "--json"]);
-    assert!(loaded.expect(0).contains("registry.example/team/tools:2"));
+    assert!(loaded.expect(0).contains("localhost:1/team/tools:2"));
     assert_eq!(list(&host)[0]["image_id"], id.as_str());
     assert!(host.agentkernel(&["images", "prune"]).expect(0).contains("0 blobs"));
     for bad in ["My", "-x", "a/../b", "ä"] {
-        let said = host.agentkernel(&["images", "tag", "registry.example/team/tools:2", "--", bad]);
+        let said = host.agentkernel(&["images", "tag", "localhost:1/team/tools:2", "--", bad]);
         said.expect(1);
         assert!(said.stderr.contains("hint:"), "{}", said.stderr);
     }
     host.agentkernel(&["rm", "dev"]).expect(0);
+}
+
+/// Debian's `docker-registry` on a port of its own; ended when dropped.
+struct Registry {
+    process: std::process::Child,
+    address: String,
+}
+
+impl Registry {
+    fn start(directory: &Path) -> Self {
+        // Free now, and nobody else's in a moment: the kernel hands ports out in turn.
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let address = format!("127.0.0.1:{port}");
+        let configuration = directory.join("registry.yml");
+        let text = format!(
+            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: {address}}}\n",
+            directory.join("registry").display()
+        );
+        fs::write(&configuration, text).unwrap();
+        let process = Command::new("docker-registry")
+            .arg("serve")
+            .arg(&configuration)
+            .stderr(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .expect("docker-registry is missing: scripts/install-packages test");
+        let registry = Self { process, address };
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        while std::net::TcpStream::connect(&registry.address).is_err() {
+            assert!(std::time::Instant::now() < deadline, "the registry does not listen");
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        registry
+    }
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[test]
+fn images_go_to_a_registry_and_come_back_when_they_are_asked_for() {
+    let host = Host::new();
+    layout(host.path());
+    let registry = Registry::start(host.path());
+    let name = format!("{}/team/tools:2", registry.address);
+    let source = format!("{}:latest", host.path().join("layout").display());
+    host.agentkernel(&["images", "load", &source, "--tag", "tools"]).expect(0);
+    let digest = host.agentkernel(&["images", "push", "tools", &name]).expect(0).trim().to_owned();
+    host.agentkernel(&["images", "rm", "tools"]).expect(0);
+    let pinned = format!("{}/team/tools@{digest}", registry.address);
+    assert_eq!(host.agentkernel(&["images", "pull", &pinned]).expect(0).trim(), pinned);
+    host.agentkernel(&["images", "rm", &pinned]).expect(0);
+    let create = ["create", "dev", "--no-start", "--workspace", "none", "--image", &name];
+    let said = host.agentkernel(&create);
+    said.expect(0);
+    assert!(said.stderr.contains("is not here: pulling it"), "{}", said.stderr);
+    let said = host.agentkernel(&["images", "pull", &format!("{}/team/tools:3", registry.address)]);
+    said.expect(1);
+    assert!(said.stderr.contains("tools:3"), "{}", said.stderr);
+    drop(registry);
+    // What is here needs no registry.
+    host.agentkernel(&["create", "other", "--no-start", "--workspace", "none", "--image", &name]).expect(0);
+    host.agentkernel(&["rm", "dev", "other"]).expect(0);
 }
 
 #[test]

@@ -99,12 +99,19 @@ impl Input for Whole {
 /// Reads an uncompressed layer.
 pub struct LayerReader {
     reader: TarReader<Whole>,
+    /// Whiteouts are not what they are called in an archive that is no layer.
+    markers: bool,
 }
 
 impl LayerReader {
     /// The layer in `file`, from its start.
     pub fn new(file: File) -> Self {
-        Self { reader: TarReader::new(Whole { file: Arc::new(file), position: 0 }) }
+        Self { reader: TarReader::new(Whole { file: Arc::new(file), position: 0 }), markers: true }
+    }
+
+    /// The archive in `file`, uncompressed: no name has a meaning of its own.
+    pub fn archive(file: File) -> Self {
+        Self { markers: false, ..Self::new(file) }
     }
 
     /// The next item, or `None` at the end. Data that was not read is passed over.
@@ -116,7 +123,7 @@ impl LayerReader {
             let Some(entry) = self.reader.next_entry()? else { return Ok(None) };
             let parts = components(&entry.name)?;
             let path = parts.join(&b'/');
-            if let Some((last, parents)) = parts.split_last() {
+            if let (true, Some((last, parents))) = (self.markers, parts.split_last()) {
                 let invalid = || LayerError::invalid(&entry.name, "bad name of a whiteout");
                 match marker(last).ok_or_else(invalid)? {
                     Marker::None => {}

@@ -170,7 +170,7 @@ impl Layout {
         })
     }
 
-    fn layer(&self, descriptor: &Descriptor, diff_id: Digest) -> Result<Layer, LayoutError> {
+    pub(crate) fn layer(&self, descriptor: &Descriptor, diff_id: Digest) -> Result<Layer, LayoutError> {
         Ok(Layer {
             name: descriptor.digest.to_string(),
             digest: Some(descriptor.digest),

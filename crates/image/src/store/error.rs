@@ -88,7 +88,7 @@ impl StoreError {
             Self::Reference(error) => Some(error.hint()),
             Self::NotFound { nearest: Some(nearest), .. } => Some(format!("did you mean {nearest}?")),
             Self::NotFound { nearest: None, .. } => {
-                Some("agentkernel images list shows what is there; images pull and build bring more".into())
+                Some("agentkernel images list shows what is there; images pull brings more".into())
             }
             Self::Ambiguous { .. } => Some("give more of its digits".into()),
             Self::MissingBlob { .. } | Self::WrongDigest { .. } | Self::WrongSize { .. } => {

@@ -28,8 +28,9 @@ pub struct StoredImage {
     pub created: Option<String>,
     /// Bytes of its layers as stored.
     pub size_bytes: u64,
-    /// Layers, lowest first.
-    pub layers: Vec<Digest>,
+    /// Layers as stored, lowest first.
+    #[serde(skip)]
+    pub layers: Vec<Descriptor>,
     /// Layers once uncompressed, lowest first.
     pub diff_ids: Vec<Digest>,
     /// What it says about its process.
@@ -82,12 +83,11 @@ impl Store {
         if let Some(found) = self.find_by_id(&index, text)? {
             return Ok(found);
         }
-        reference?;
+        let wanted = reference?.familiar_repository();
         let mut names = index.manifests.iter().filter_map(|descriptor| descriptor.annotations.get(REFERENCE));
         let near = |name: &&String| {
             let name = name.parse::<Reference>().map(|reference| reference.familiar_repository());
-            let wanted = text.split([':', '@']).next().unwrap_or(text);
-            name.is_ok_and(|name| strsim::damerau_levenshtein(&name, wanted) <= 2)
+            name.is_ok_and(|name| strsim::damerau_levenshtein(&name, &wanted) <= 2)
         };
         let nearest = names.find(near).and_then(|name| name.parse::<Reference>().ok());
         let nearest = nearest.map(|reference| reference.familiar());
@@ -168,7 +168,7 @@ impl Store {
             digest: manifest.digest,
             created: file.created,
             size_bytes: document.layers.iter().map(|layer| layer.size).fold(0, u64::saturating_add),
-            layers: document.layers.iter().map(|layer| layer.digest).collect(),
+            layers: document.layers,
             diff_ids: file.rootfs.diff_ids,
             labels: file.config.labels.clone(),
             config: file.config,

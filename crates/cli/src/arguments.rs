@@ -40,6 +40,7 @@ pub(crate) enum Verb {
     /// The verbs of a sandbox, by the name of the group: `sandbox create` is `create`.
     #[command(name = "sandbox", subcommand)]
     Group(SandboxVerb),
+    Build(Box<BuildArguments>),
     #[command(subcommand, visible_alias = "image")]
     Images(ImagesVerb),
     #[command(subcommand)]
@@ -460,6 +461,63 @@ pub(crate) struct GcArguments {
     #[arg(long)]
     pub json: bool,
 }
+
+/// Build an image from a Dockerfile. No Docker is needed: each RUN runs in a microVM.
+#[derive(Debug, Args)]
+#[command(after_help = BUILD_EXAMPLES)]
+pub(crate) struct BuildArguments {
+    /// Name of the image: lower-case letters, digits, - _ and dots.
+    #[arg(short, long, value_name = "NAME")]
+    pub tag: String,
+    /// The directory that COPY and ADD take from.
+    #[arg(default_value = ".")]
+    pub context: PathBuf,
+    /// The Dockerfile [default: Dockerfile in the context].
+    #[arg(short = 'f', long = "dockerfile", visible_alias = "file", value_name = "FILE")]
+    pub dockerfile: Option<PathBuf>,
+    /// Build this stage instead of the last one.
+    #[arg(long, value_name = "STAGE")]
+    pub target: Option<String>,
+    /// Value of an ARG; without one, that of the variable here.
+    #[arg(long, value_name = "NAME[=VALUE]")]
+    pub build_arg: Vec<String>,
+    /// A secret for RUN --mount=type=secret: id=NAME,src=FILE or id=NAME,env=VARIABLE.
+    #[arg(long, value_name = "SECRET")]
+    pub secret: Vec<String>,
+    /// A label of the image.
+    #[arg(short, long, value_name = "KEY=VALUE", value_parser = values::label)]
+    pub label: Vec<(String, String)>,
+    /// Take nothing from earlier builds.
+    #[arg(long)]
+    pub no_cache: bool,
+    /// How progress is shown: with every line of every step (plain), or on a terminal briefly (auto).
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub progress: BuildProgress,
+    /// Memory of the machine that runs the steps.
+    #[arg(long, value_name = "SIZE", value_parser = values::size_mib)]
+    pub memory: Option<u64>,
+    /// Its virtual processors.
+    #[arg(long, value_name = "N")]
+    pub vcpus: Option<u32>,
+    /// Print the image's record as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Say nothing but errors on stderr.
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BuildProgress {
+    Auto,
+    Plain,
+}
+
+const BUILD_EXAMPLES: &str = "\
+Examples:
+  agentkernel build -t my-tools .
+  agentkernel run --image my-tools -- make test
+  agentkernel build -t my-tools --target test --build-arg VERSION=3 --secret id=token,env=TOKEN .";
 
 /// Keep images: the root file systems that sandboxes are made from.
 #[derive(Debug, Subcommand)]

@@ -19,7 +19,7 @@ const ROOMS: &[(&str, &[&str], Unsafe)] = &[
     // The jail: unshare, and descriptors that arrive by number.
     ("machine", &[], Unsafe::Allowed),
     ("protocol", &[], Unsafe::Forbidden),
-    ("sandbox", &["image", "machine", "protocol"], Unsafe::Forbidden),
+    ("sandbox", &["build", "image", "machine", "protocol"], Unsafe::Forbidden),
 ];
 
 #[derive(Clone, Copy, PartialEq)]

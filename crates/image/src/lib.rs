@@ -29,7 +29,7 @@ mod store;
 pub use config::{Descriptor, ImageConfig, Platform};
 pub use digest::Digest;
 pub use error::ImageError;
-pub use layer::{LayerError, LayerItem, LayerReader, LayerWriter, Metadata, NodeKind};
+pub use layer::{LayerError, LayerItem, LayerReader, LayerWriter, Metadata, NodeKind, decompressed};
 pub use layout::LayoutError;
 pub use limits::Limits;
 pub use prepare::{PreparedImage, Progress, RootFileSystem, split_reference};

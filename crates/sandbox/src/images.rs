@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use agentkernel_image::registry::{self, OnTransfer, RegistryError, RegistryOptions};
 use agentkernel_image::{
-    PreparedImage, Progress, Pruned, Reference, RootFileSystem, Store, StoreError, StoredImage,
+    Digest, PreparedImage, Progress, Pruned, Reference, RootFileSystem, Store, StoreError, StoredImage,
     split_reference,
 };
 use serde::Serialize;
@@ -80,6 +80,21 @@ impl Images {
         Ok(Self { home: home.clone(), store })
     }
 
+    /// What a name that `build` gave is called in the store; any other stays as it is.
+    pub fn resolve(&self, name: &str) -> String {
+        let bare = name.strip_suffix(":latest").unwrap_or(name);
+        if crate::build::check_name(bare).is_ok() && crate::build::record_path(&self.home, bare).exists() {
+            crate::build::reference_of(bare)
+        } else {
+            name.to_owned()
+        }
+    }
+
+    /// The image that a name or id means.
+    fn find(&self, name: &str) -> Result<StoredImage, Problem> {
+        self.store.find(&self.resolve(name)).map_err(store_problem)
+    }
+
     /// The store itself.
     pub fn store(&self) -> &Store {
         &self.store
@@ -114,7 +129,7 @@ impl Images {
     /// # Errors
     /// Code `image-not-found`, or if it is damaged.
     pub fn inspect(&self, name: &str) -> Result<ImageDetails, Problem> {
-        let image = self.store.find(name).map_err(store_problem)?;
+        let image = self.find(name)?;
         let document = self.store.read_blob(&image.image_id).map_err(store_problem)?;
         let configuration = serde_json::from_slice(&document).map_err(|error| {
             plain("image", format!("the configuration of {name} is damaged: {error}"), None)
@@ -153,8 +168,8 @@ impl Images {
     /// # Errors
     /// Code `image-not-found`; if `output` takes no more.
     pub fn save(&self, names: &[String], output: impl Write) -> Result<(), Problem> {
-        let images = names.iter().map(|name| self.store.find(name)).collect::<Result<Vec<_>, _>>();
-        self.store.save(&images.map_err(store_problem)?, output).map_err(store_problem)
+        let images = names.iter().map(|name| self.find(name)).collect::<Result<Vec<_>, _>>();
+        self.store.save(&images?, output).map_err(store_problem)
     }
 
     /// A file without a name on the store's disk, for an archive that comes as a stream.
@@ -171,7 +186,7 @@ impl Images {
     /// Code `image-not-found`, or if the new name is none.
     pub fn tag(&self, existing: &str, name: &str) -> Result<(), Problem> {
         let reference = parse(name)?;
-        let image = self.store.find(existing).map_err(store_problem)?;
+        let image = self.find(existing)?;
         self.store.tag(&image, &reference).map_err(store_problem)
     }
 
@@ -201,7 +216,7 @@ impl Images {
         options: &RegistryOptions,
         on_transfer: OnTransfer<'_>,
     ) -> Result<String, Problem> {
-        let image = self.store.find(name).map_err(store_problem)?;
+        let image = self.find(name)?;
         let reference = parse(to.unwrap_or(&image.name))?;
         let pushed = registry::push(&self.store, &image, &reference, options, on_transfer).await;
         Ok(pushed.map_err(|error| registry_problem(&error))?.to_string())
@@ -209,7 +224,7 @@ impl Images {
 
     /// Whether `reference` is to be had without a registry: it is in the store, or a path.
     pub fn is_here(&self, reference: &str) -> bool {
-        is_path(reference) || self.store.find(reference).is_ok() || split_reference(reference).0.exists()
+        is_path(reference) || self.find(reference).is_ok() || split_reference(reference).0.exists()
     }
 
     /// A name of the store that looks like `name`, which is none.
@@ -225,7 +240,7 @@ impl Images {
     /// # Errors
     /// Code `image-not-found`; `image-in-use` if it is the last name of what a sandbox was made from, unless `force`.
     pub fn remove(&self, name: &str, force: bool) -> Result<(), Problem> {
-        let image = self.store.find(name).map_err(store_problem)?;
+        let image = self.find(name)?;
         let names = self.store.list().map_err(store_problem)?;
         let same = names.iter().filter_map(|listed| listed.image.as_ref().ok());
         let is_last = same.filter(|other| other.diff_ids == image.diff_ids).count() == 1;
@@ -241,7 +256,9 @@ impl Images {
             });
         }
         self.store.untag(&parse(&image.name)?).map_err(store_problem)?;
-        match self.prune(false) {
+        crate::build::forget(&self.home, &image.name);
+        let kept = crate::build::cached_layers(&self.home);
+        match self.prune_keeping(&kept, false) {
             // Left for the next one: a build or a pull is under way, or another image is damaged.
             Ok(_) => Ok(()),
             Err(problem) => {
@@ -251,12 +268,20 @@ impl Images {
         }
     }
 
-    /// Frees what neither a name nor a sandbox needs.
+    /// Frees what neither a name nor a sandbox needs, what earlier builds left included.
     ///
     /// # Errors
     /// Code `store-busy` while images are built or pulled; if an image is damaged.
     pub fn prune(&self, dry_run: bool) -> Result<PrunedImages, Problem> {
-        let blobs = self.store.prune(&HashSet::new(), dry_run).map_err(store_problem)?;
+        let pruned = self.prune_keeping(&HashSet::new(), dry_run)?;
+        if !dry_run {
+            crate::build::forget_steps(&self.home)?;
+        }
+        Ok(pruned)
+    }
+
+    fn prune_keeping(&self, keep: &HashSet<Digest>, dry_run: bool) -> Result<PrunedImages, Problem> {
+        let blobs = self.store.prune(keep, dry_run).map_err(store_problem)?;
         let mut keep: HashSet<PathBuf> = self.users()?.into_keys().collect();
         for listed in self.store.list().map_err(store_problem)? {
             keep.extend(listed.image.ok().map(|image| self.root_file_system(&image)));
@@ -293,7 +318,7 @@ impl Images {
         // What says of itself that it is a path is one; a name beats a file that happens to be called so.
         let not_found = match is_path(reference) {
             true => None,
-            false => match self.store.find(reference) {
+            false => match self.store.find(&self.resolve(reference)) {
                 Ok(image) => {
                     let mut prepared =
                         RootFileSystem::prepare(self.store.path(), Some(&image.name), &cache, &mut tell)
@@ -365,9 +390,14 @@ fn parse(name: &str) -> Result<Reference, Problem> {
     })
 }
 
-/// A full name as people know it.
+/// A full name as people know it; one that `build` gave is shown as it was given.
 fn familiar(name: &str) -> String {
-    name.parse::<Reference>().map_or_else(|_| name.to_owned(), |reference| reference.familiar())
+    let familiar =
+        name.parse::<Reference>().map_or_else(|_| name.to_owned(), |reference| reference.familiar());
+    match crate::build::name_of(&familiar) {
+        Some(built) => built.to_owned(),
+        None => familiar,
+    }
 }
 
 /// A failure of the store, with a code that programs know it by.

@@ -124,13 +124,12 @@ pub fn settle(home: &Home, request: Request, progress: &mut dyn FnMut(&str)) -> 
     if let Some(user) = &request.guest_user {
         defaults.user.clone_from(user);
     }
-    let host_vcpus = std::thread::available_parallelism().map_or(1, usize::from).min(DEFAULT_VCPUS_LIMIT);
     let spec = Spec {
         name,
         uuid: new_uuid(created_unix_ms),
         created_unix_ms,
         image,
-        vcpus: request.vcpus.unwrap_or(host_vcpus as u32),
+        vcpus: request.vcpus.unwrap_or_else(default_vcpus),
         memory_mib: request.memory_mib,
         disk_mib: request.disk_mib,
         read_only_root: request.read_only_root,
@@ -147,6 +146,42 @@ pub fn settle(home: &Home, request: Request, progress: &mut dyn FnMut(&str)) -> 
     };
     let description = describe(&spec);
     Ok(Launch { spec, description })
+}
+
+/// Virtual processors of a sandbox where nobody said another number.
+pub(crate) fn default_vcpus() -> u32 {
+    std::thread::available_parallelism().map_or(1, usize::from).min(DEFAULT_VCPUS_LIMIT) as u32
+}
+
+/// The sandbox of a build's stage: nothing of the host's but a root file system.
+pub(crate) fn for_build(
+    name: String,
+    root_file_system: &Path,
+    vcpus: u32,
+    memory_mib: u64,
+    disk_mib: u64,
+) -> Spec {
+    let created_unix_ms = unix_ms();
+    Spec {
+        image: Image::Disk { path: root_file_system.to_owned(), name: name.clone() },
+        name,
+        uuid: new_uuid(created_unix_ms),
+        created_unix_ms,
+        vcpus,
+        memory_mib,
+        disk_mib,
+        read_only_root: false,
+        require_hardware: false,
+        profile: Profile::Moderate,
+        workspace: None,
+        mounts: Vec::new(),
+        defaults: Defaults::default(),
+        commands: CommandPolicy::default(),
+        files: Vec::new(),
+        init_script: None,
+        labels: BTreeMap::new(),
+        machine_id: fresh_machine_id(),
+    }
 }
 
 /// Mounts that would hand the guest more than was meant, or that cannot be.

@@ -9,6 +9,7 @@
 //! The library never reads the environment, the terminal or the home directory: callers pass them in.
 #![forbid(unsafe_code)]
 
+pub mod build;
 pub mod client;
 mod collect;
 pub mod configuration;

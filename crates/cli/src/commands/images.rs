@@ -116,7 +116,7 @@ fn pull(images: &Images, name: &str, registry: &RegistryArguments) -> Result<Str
     pulled
 }
 
-fn options(insecure: bool) -> Result<RegistryOptions, Problem> {
+pub(super) fn options(insecure: bool) -> Result<RegistryOptions, Problem> {
     let directory = match std::env::var_os("DOCKER_CONFIG").filter(|value| !value.is_empty()) {
         Some(directory) => PathBuf::from(directory),
         None => environment::home_directory()?.join(".docker"),

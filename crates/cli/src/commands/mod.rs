@@ -1,6 +1,7 @@
 //! One file a verb: takes its arguments, calls the engine, renders the outcome.
 
 mod benchmark;
+mod build;
 mod completions;
 mod copy;
 mod doctor;
@@ -33,6 +34,7 @@ pub(crate) fn dispatch(verb: Verb) -> ExitCode {
     };
     let outcome = match verb {
         Verb::Sandbox(verb) | Verb::Group(verb) => dispatch_sandbox(verb),
+        Verb::Build(arguments) => build::build(&arguments),
         Verb::Images(verb) => images::images(&verb),
         Verb::Volume(verb) => volume::volume(&verb),
         Verb::Init(arguments) => init::init(&arguments),

@@ -154,6 +154,11 @@ impl LayerReader {
         }
     }
 
+    /// Where the current file's data begins in the layer; only before it is read.
+    pub fn position(&self) -> u64 {
+        self.reader.data_range().0
+    }
+
     /// Data of the current file; 0 at its end.
     ///
     /// # Errors

@@ -13,4 +13,5 @@ pub(crate) mod tar;
 
 pub use error::LayerError;
 pub use item::{LayerItem, LayerReader, LayerWriter, NodeKind};
+pub use pump::decompressed;
 pub use tar::Metadata;

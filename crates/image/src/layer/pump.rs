@@ -4,6 +4,7 @@
 //! [`PumpReader`] is the receiving end and an ordinary stream. The digest is known only at the end: a consumer must
 //! read to the end and ask [`PumpReader::finish`] before it trusts anything.
 
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::Scope;
@@ -57,6 +58,48 @@ impl Compression {
             return LayerError::Corrupt { compression: self.name(), source };
         }
         LayerError::Read { source }
+    }
+}
+
+/// What `source` decompresses to, at most `limit` bytes, in `target`; `source` itself if it is not compressed. Both are at
+/// their start.
+///
+/// # Errors
+/// If it is damaged or too large, or `target` takes no more.
+pub fn decompressed(source: File, mut target: File, limit: u64) -> Result<File, LayerError> {
+    let failed = |source| LayerError::Read { source };
+    let copy = source.try_clone().map_err(failed)?;
+    let mut decoder = Decoder::new(copy).map_err(failed)?;
+    let compression = decoder.compression();
+    if compression == Compression::None {
+        return Ok(source);
+    }
+    copy_bounded(&mut decoder, &mut target, limit, compression)?;
+    Ok(target)
+}
+
+/// Copies what a decoder gives.
+pub(crate) fn copy_bounded<R: Read>(
+    decoder: &mut Decoder<R>,
+    target: &mut File,
+    limit: u64,
+    compression: Compression,
+) -> Result<(), LayerError> {
+    use std::io::Write;
+    let mut buffer = vec![0; CHUNK];
+    let mut total = 0;
+    loop {
+        let read = match decoder.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(source) => return Err(compression.error(source)),
+        };
+        total += read as u64;
+        if total > limit {
+            return Err(LayerError::TooLarge { limit });
+        }
+        target.write_all(&buffer[..read]).map_err(|source| LayerError::Write { source })?;
     }
 }
 

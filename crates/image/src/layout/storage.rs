@@ -17,7 +17,7 @@ use super::LayoutError;
 use crate::error::{ImageError, out_of_space};
 use crate::layer::LayerError;
 use crate::layer::path::components;
-use crate::layer::pump::{Compression, Decoder};
+use crate::layer::pump::{Compression, Decoder, copy_bounded};
 use crate::layer::tar::{EntryKind, Input, TarReader};
 use crate::limits::{ARCHIVE_MEMBERS, Limits};
 
@@ -188,34 +188,10 @@ fn plain(
         return Ok(Arc::new(file));
     }
     let mut target = scratch()?;
-    let decoder = Decoder::new(file).map_err(failed)?;
-    let copied = copy_bounded(decoder, &mut target, limits.total_bytes, compression);
+    let mut decoder = Decoder::new(file).map_err(failed)?;
+    let copied = copy_bounded(&mut decoder, &mut target, limits.total_bytes, compression);
     copied.map_err(|error| archive_error(path, error))?;
     Ok(Arc::new(target))
-}
-
-fn copy_bounded(
-    mut decoder: Decoder<File>,
-    target: &mut File,
-    limit: u64,
-    compression: Compression,
-) -> Result<(), LayerError> {
-    use std::io::Write;
-    let mut buffer = vec![0; 256 << 10];
-    let mut total = 0;
-    loop {
-        let read = match decoder.read(&mut buffer) {
-            Ok(0) => return Ok(()),
-            Ok(read) => read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(source) => return Err(compression.error(source)),
-        };
-        total += read as u64;
-        if total > limit {
-            return Err(LayerError::TooLarge { limit });
-        }
-        target.write_all(&buffer[..read]).map_err(|source| LayerError::Write { source })?;
-    }
 }
 
 /// Notes where each member's data is, without reading it.

@@ -22,6 +22,13 @@ use crate::store::{Store, StoreError};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(InodeId);
 
+impl NodeId {
+    /// A number that no other object of the same [`FileSystem`] has.
+    pub fn number(&self) -> u64 {
+        self.0.into()
+    }
+}
+
 /// Where a path leads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resolved {

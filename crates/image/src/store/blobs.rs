@@ -10,6 +10,7 @@ use super::{Store, StoreError, Writing};
 use crate::cache::Scratch;
 use crate::config::Descriptor;
 use crate::digest::Digest;
+use crate::layer::pump::{Compression, Decoder};
 use crate::layout::{LayoutError, parse};
 use crate::limits::DOCUMENT_BYTES;
 
@@ -62,6 +63,22 @@ impl Store {
             return Err(StoreError::WrongDigest { expected: *digest, actual });
         }
         Ok(bytes)
+    }
+
+    /// Bytes of a layer once uncompressed.
+    ///
+    /// # Errors
+    /// If it is missing or damaged.
+    pub fn uncompressed_size(&self, layer: &Descriptor) -> Result<u64, StoreError> {
+        let path = self.blob_path(&layer.digest);
+        let failed = StoreError::at("read", &path);
+        let size = Decoder::new(self.open_blob(&layer.digest)?).and_then(|mut decoder| {
+            match decoder.compression() {
+                Compression::None => Ok(layer.size),
+                _ => io::copy(&mut decoder, &mut io::sink()),
+            }
+        });
+        size.map_err(failed)
     }
 
     /// A JSON document, verified.

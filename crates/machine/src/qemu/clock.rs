@@ -11,6 +11,11 @@ use crate::accelerator::Accelerator;
 /// Two readings this far apart give the rate to some tens of parts in a million.
 const SPAN: Duration = Duration::from_millis(5);
 
+/// Two clocks read within this time were read at once, as far as the rate is concerned.
+const AT_ONCE: Duration = Duration::from_micros(20);
+/// How often they are read until they were.
+const READINGS: usize = 50;
+
 /// What a guest is told about its clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Clock {
@@ -21,14 +26,38 @@ pub(super) struct Clock {
 }
 
 /// A first reading, taken while other things are prepared.
-pub(super) struct Measurement {
+pub(super) struct Measurement(Reading);
+
+/// Both clocks at one instant.
+#[derive(Clone, Copy)]
+struct Reading {
     time: Instant,
     counter: u64,
 }
 
+impl Reading {
+    /// Reads both clocks; again if this process was held up in between, which would make the rate a matter of luck.
+    fn take() -> Self {
+        let mut best = Duration::MAX;
+        let mut reading = Self { time: Instant::now(), counter: counter() };
+        for _ in 0..READINGS {
+            let (before, counter, after) = (Instant::now(), counter(), Instant::now());
+            let apart = after - before;
+            if apart < best {
+                best = apart;
+                reading = Self { time: before + apart / 2, counter };
+            }
+            if apart < AT_ONCE {
+                break;
+            }
+        }
+        reading
+    }
+}
+
 impl Measurement {
     pub(super) fn begin() -> Self {
-        Self { time: Instant::now(), counter: counter() }
+        Self(Reading::take())
     }
 
     /// The second reading. `None` with hardware virtualisation, where the guest has a paravirtual clock.
@@ -36,9 +65,11 @@ impl Measurement {
         if accelerator == Accelerator::Kvm {
             return None;
         }
-        tokio::time::sleep(SPAN.saturating_sub(self.time.elapsed())).await;
-        let ticks = counter().wrapping_sub(self.counter);
-        let nanoseconds = self.time.elapsed().as_nanos();
+        let first = self.0;
+        tokio::time::sleep(SPAN.saturating_sub(first.time.elapsed())).await;
+        let second = Reading::take();
+        let ticks = second.counter.wrapping_sub(first.counter);
+        let nanoseconds = (second.time - first.time).as_nanos();
         let khz = u64::try_from(u128::from(ticks) * 1_000_000 / nanoseconds.max(1)).ok()?;
         Some(Clock { khz, invariant: is_invariant() }).filter(|clock| clock.khz > 0)
     }

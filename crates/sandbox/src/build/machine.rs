@@ -64,7 +64,10 @@ impl Machine for BuildMachine {
             while let Some(item) = source.next_item().map_err(damaged)? {
                 let is_file = matches!(item, LayerItem::Node { kind: ImageNode::File(_), .. });
                 frame::write(&mut stream, &entry(item)).await.map_err(|error| broken(&error))?;
-                while is_file {
+                if !is_file {
+                    continue;
+                }
+                loop {
                     let count = source.read(&mut buffer).map_err(damaged)?;
                     if count == 0 {
                         break;

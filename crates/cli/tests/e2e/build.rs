@@ -1,0 +1,226 @@
+//! `agentkernel build`: Dockerfiles become images that run, in real machines.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use rustix::process::Signal;
+
+use crate::host::{Host, Running, finish, signal};
+
+/// A context with an archive of a small root file system, and its image called `base`.
+fn base(host: &Host) {
+    let root = host.path().join("root");
+    for directory in ["bin", "etc", "tmp"] {
+        fs::create_dir_all(root.join(directory)).unwrap();
+    }
+    fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
+    for applet in
+        ["sh", "cat", "chmod", "id", "ln", "ls", "mkdir", "mkfifo", "mv", "rm", "sleep", "touch", "wc"]
+    {
+        std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
+    }
+    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000::/home/app:/bin/sh\n")
+        .unwrap();
+    fs::write(root.join("etc/group"), "root:x:0:\napp:x:1000:\n").unwrap();
+    let archive = host.project().join("base.tar.gz");
+    let status = Command::new("tar")
+        .args(["--owner=0", "--group=0", "--numeric-owner", "-czf"])
+        .arg(&archive)
+        .arg("-C")
+        .arg(&root)
+        .arg(".")
+        .status();
+    assert!(status.unwrap().success());
+    host.write("base.Dockerfile", "FROM scratch\nADD base.tar.gz /\nENV PATH=/bin\n");
+    host.agentkernel(&["build", "-t", "base", "-f", "base.Dockerfile", "."]).expect(0);
+}
+
+/// Every blob is what it is called.
+fn assert_store_is_sound(host: &Host) {
+    for entry in fs::read_dir(host.state().join("images/blobs/sha256")).unwrap().flatten() {
+        let output = Command::new("sha256sum").arg(entry.path()).output().unwrap();
+        let digest = String::from_utf8(output.stdout).unwrap()[..64].to_owned();
+        assert_eq!(digest, entry.file_name().into_string().unwrap());
+    }
+}
+
+fn stderr_of(host: &Host, arguments: &[&str]) -> String {
+    let said = host.agentkernel(arguments);
+    said.expect(0);
+    said.stderr.clone()
+}
+
+const DOCKERFILE: &str = r#"FROM base AS one
+RUN mkdir -p /d/old && echo one > /d/old/f
+FROM base AS unneeded
+RUN exit 9
+FROM base
+ARG WHO=world
+ENV GREETING="hello $WHO"
+COPY hello.txt /srv/
+RUN echo "$GREETING" > /greeting && rm /srv/hello.txt && mkdir /srv/sub && ln -s /greeting /link && mkfifo /fifo
+COPY --from=one /d /d
+RUN mv /d/old /d/new && chmod 4755 /bin/busybox && ln /d/new/f /d/new/g
+USER app
+WORKDIR /home/app
+RUN --mount=type=cache,target=/cache,uid=1000 echo more >> /cache/log; wc -l < /cache/log > lines
+RUN --mount=type=secret,id=token,uid=1000 --mount=type=bind,source=hello.txt,target=/bound \
+    --mount=type=tmpfs,target=/scratch cat /run/secrets/token /bound > /scratch/x && wc -c < /scratch/x > size
+RUN <<EOF
+id > id
+cat /etc/hosts | wc -l
+EOF
+COPY last.txt .
+CMD ["sh", "-c", "cat /greeting"]
+"#;
+
+#[test]
+fn a_dockerfile_becomes_an_image_that_runs() {
+    let host = Host::new();
+    base(&host);
+    host.write("Dockerfile", DOCKERFILE);
+    host.write("hello.txt", "hello file\n");
+    host.write("last.txt", "first\n");
+    host.write("token", "s3cr3t-token-value\n");
+    let build = [
+        "build",
+        "-t",
+        "my-tools",
+        "--build-arg",
+        "WHO=there",
+        "--secret",
+        "id=token,src=token",
+        "--label",
+        "a=b",
+        ".",
+    ];
+    let said = stderr_of(&host, &build);
+    assert!(said.contains("RUN steps have no network") && !said.contains("exit 9"), "{said}");
+
+    // All of it again without a machine, and the last step alone when only that changed.
+    let said = stderr_of(&host, &build);
+    assert_eq!(said.matches("CACHED").count(), 10, "{said}");
+    host.write("last.txt", "second\n");
+    let said = stderr_of(&host, &build);
+    assert_eq!(said.matches("CACHED").count(), 9, "{said}");
+
+    let script = "cat greeting 2>/dev/null; cat lines size id last.txt; ls /srv /d; ls -l /bin/busybox /link /fifo; ls /run; \
+                  ls -l /d/new/f";
+    let said = host.agentkernel(&[
+        "run",
+        "-q",
+        "--workspace",
+        "none",
+        "--image",
+        "my-tools",
+        "--",
+        "sh",
+        "-c",
+        script,
+    ]);
+    let text = said.expect(0);
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[..4], ["1", "30", "uid=1000(app) gid=1000(app)", "second"], "{text}");
+    assert_eq!(lines[4..9], ["/d:", "new", "", "/srv:", "sub"], "{text}");
+    let (busybox, fifo, link) = (lines[9], lines[10], lines[11]);
+    assert!(busybox.starts_with("-rwsr-xr-x"), "{text}");
+    assert!(fifo.starts_with("prw-r--r--") && link.ends_with("/link -> /greeting"), "{text}");
+    assert!(lines.last().unwrap().starts_with("-rw-r--r--    2 root"), "{text}");
+    assert!(!text.contains("secrets"), "{text}");
+
+    // The secret is in no layer, the caches neither; the labels are.
+    for entry in fs::read_dir(host.state().join("images/blobs/sha256")).unwrap().flatten() {
+        let content = fs::read(entry.path()).unwrap();
+        let found = content.windows(12).any(|window| window == b"s3cr3t-token");
+        assert!(!found, "the secret is in {}", entry.path().display());
+    }
+    let record = fs::read_to_string(host.state().join("image-metadata/my-tools.json")).unwrap();
+    let record: serde_json::Value = serde_json::from_str(&record).unwrap();
+    assert_eq!(record["labels"]["agentkernel.name"], "my-tools");
+    assert_eq!(
+        (&record["labels"]["agentkernel.managed"], &record["labels"]["a"]),
+        (&"true".into(), &"b".into())
+    );
+    let inspected = host.agentkernel(&["images", "inspect", "my-tools", "--json"]);
+    let inspected: serde_json::Value = serde_json::from_str(inspected.expect(0)).unwrap();
+    assert_eq!(inspected["image_id"], record["image_id"]);
+
+    // As any other image, under its name.
+    host.write("child.Dockerfile", "FROM my-tools\nLABEL child=yes\n");
+    host.agentkernel(&["build", "-t", "child", "-f", "child.Dockerfile", "."]).expect(0);
+    host.agentkernel(&["images", "rm", "child", "my-tools", "base"]).expect(0);
+    assert!(!host.state().join("image-metadata/child.json").exists());
+    // What steps made stays for the next build, until it is pruned.
+    assert!(fs::read_dir(host.state().join("images/blobs/sha256")).unwrap().count() > 0);
+    host.agentkernel(&["images", "prune"]).expect(0);
+    assert_eq!(fs::read_dir(host.state().join("images/blobs/sha256")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_build_that_fails_leaves_the_former_image_and_nothing_else() {
+    let host = Host::new();
+    base(&host);
+    host.write("Dockerfile", "FROM base\nCOPY Dockerfile /\n");
+    host.agentkernel(&["build", "-t", "tools", "."]).expect(0);
+    let id = |host: &Host| -> serde_json::Value {
+        let inspected = host.agentkernel(&["images", "inspect", "tools", "--json"]);
+        serde_json::from_str::<serde_json::Value>(inspected.expect(0)).unwrap()["image_id"].clone()
+    };
+    let before = id(&host);
+    host.write("Dockerfile", "FROM base\nRUN echo begun\nRUN echo last words && \\\n    exit 7\n");
+    let said = host.agentkernel(&["build", "-t", "tools", "."]);
+    said.expect(1);
+    for part in ["Dockerfile:3:1: the command ended with exit code 7", "last words", "    ^"] {
+        assert!(said.stderr.contains(part), "{}", said.stderr);
+    }
+    assert_eq!(id(&host), before);
+
+    // Killed while a step runs: nothing runs on, and the next build takes what was done.
+    host.write("Dockerfile", "FROM base\nRUN echo begun\nRUN echo ready && sleep 600\n");
+    let build = Running::start(host.command(&["build", "-t", "tools", "--progress", "plain", "."]));
+    host.wait_for_process("qemu");
+    signal(build.child.id(), Signal::KILL);
+    let _ = build.end();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while !host.processes().is_empty() {
+        assert!(std::time::Instant::now() < deadline, "{:?}", host.processes());
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    assert_eq!(id(&host), before);
+    host.write("Dockerfile", "FROM base\nRUN echo begun\nRUN true\n");
+    let said = stderr_of(&host, &["build", "-t", "tools", "."]);
+    assert!(said.contains("CACHED"), "{said}");
+    assert_ne!(id(&host), before);
+    assert_store_is_sound(&host);
+
+    // Two of one name at once: both end, one of them is it.
+    host.write("Dockerfile", "FROM base\nCOPY base.Dockerfile /one\n");
+    host.write("other", "FROM base\nCOPY base.Dockerfile /two\n");
+    let both = [["build", "-t", "tools", "-f", "Dockerfile"], ["build", "-t", "tools", "-f", "other"]]
+        .map(|arguments| Running::start(host.command(&arguments)));
+    for build in both {
+        let (code, _, stderr) = build.end();
+        assert_eq!(code, 0, "{stderr}");
+    }
+    id(&host);
+
+    for (arguments, expected) in [
+        (&["build", "-t", "", "."][..], "Image name cannot be empty"),
+        (&["build", "-t", "a:b", "."], "Image name can only contain alphanumeric characters"),
+        (&["build", "-t", "x", "nowhere"], "Build context 'nowhere' does not exist"),
+        (&["build", "-t", "x", "-f", "none", "."], "Dockerfile 'none' does not exist"),
+        (&["build", "-t", "x", "empty"], "No Dockerfile found in 'empty'. Specify one with --dockerfile"),
+        (&["images", "inspect", "gone"], "Image 'gone' not found"),
+    ] {
+        fs::create_dir_all(host.project().join("empty")).unwrap();
+        let said = finish(host.command(arguments), b"");
+        said.expect(1);
+        assert!(said.stderr.contains(expected), "{}", said.stderr);
+    }
+    fs::write(host.state().join("image-metadata/broken.json"), "{").unwrap();
+    let said = host.agentkernel(&["build", "-t", "tools", "."]);
+    said.expect(1);
+    assert!(said.stderr.contains("broken.json") && said.stderr.contains("hint:"), "{}", said.stderr);
+    assert!(Path::new(&host.state().join("image-metadata/tools.json")).exists());
+}

@@ -1,7 +1,7 @@
 //! Dockerfiles, parsed: every instruction with its words as they were written, each word with its place.
 //!
-//! Flow: [`lines`] joins continued lines, drops comments, takes heredocs along and remembers where everything stood;
-//! [`parse`] makes instructions of them; [`expand`] replaces variables, which happens only when an instruction is carried
+//! Flow: `lines` joins continued lines, drops comments, takes heredocs along and remembers where everything stood;
+//! `parse` makes instructions of them; [`expand`] replaces variables, which happens only when an instruction is carried
 //! out. The language is that of the Dockerfile reference (`docker/dockerfile` 1.x); what this product does not do is
 //! parsed all the same, and refused by whoever carries it out.
 

@@ -73,13 +73,35 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Port<T> {
         Self { io, input: Vec::new(), start: 0, epoch: 0, output: Vec::new(), written: 0 }
     }
 
+    /// What the records go over.
+    pub fn get_ref(&self) -> &T {
+        &self.io
+    }
+
     /// Begins epoch `epoch` as the host and waits for the guest's answer.
     ///
     /// # Errors
     /// [`HandshakeError`]; the caller sets the deadline.
     pub async fn greet(&mut self, epoch: u32) -> Result<HelloAnswer, HandshakeError> {
+        self.hail(epoch).await?;
+        self.answer().await
+    }
+
+    /// Begins epoch `epoch` as the host. Nothing of the guest's is read.
+    ///
+    /// # Errors
+    /// If the stream breaks.
+    pub async fn hail(&mut self, epoch: u32) -> Result<(), HandshakeError> {
         self.epoch = epoch;
-        self.send(Kind::Hello, &Hello { version: VERSION }).await?;
+        self.send(Kind::Hello, &Hello { version: VERSION }).await
+    }
+
+    /// Waits for the guest's answer to [`Port::hail`].
+    ///
+    /// # Errors
+    /// [`HandshakeError`]; the caller sets the deadline.
+    pub async fn answer(&mut self) -> Result<HelloAnswer, HandshakeError> {
+        let epoch = self.epoch;
         loop {
             let (header, payload) = self.next_record().await?;
             if header.epoch == epoch && header.kind == Kind::HelloAnswer {

@@ -22,8 +22,15 @@ pub(super) const WRITABLE_SERIAL: &str = "writable";
 /// A machine that was started, and the stream to its agent.
 pub(super) struct Started {
     pub machine: Box<dyn Machine>,
-    pub stream: UnixStream,
     pub accelerator: Accelerator,
+    stream: Option<UnixStream>,
+}
+
+impl Started {
+    /// The stream to the machine's agent; once.
+    pub(super) fn take_stream(&mut self) -> Result<UnixStream, Problem> {
+        self.stream.take().ok_or_else(|| plain("machine-start", "the machine has no agent's port", None))
+    }
 }
 
 /// Starts the machine of `spec`, whose process keeps `lock` open as long as it lives.
@@ -59,9 +66,7 @@ pub(super) async fn start(
     };
     let machine =
         qemu::start(config).await.map_err(|error| problem("machine-start", &error, error.hint()))?;
-    let stream = machine
-        .take_stream()
-        .ok_or_else(|| plain("machine-start", "the machine has no agent's port", None))?;
+    let stream = machine.take_stream();
     Ok(Started { machine: Box::new(machine), stream, accelerator })
 }
 

@@ -38,6 +38,10 @@ const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(30);
 /// Longest time between two looks at the deadline: it may be moved.
 const GLANCE: Duration = Duration::from_secs(5);
 
+/// How long an emulated machine may take before it is taken for one that hangs, and another is started; many times the
+/// usual. About one kernel in some hundred waits for ever, on a busy host, for an interrupt that was lost as it booted.
+const BOOT_LIMITS: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(45)];
+
 /// How long a machine may take from its start to the agent's greeting. Many times the usual 0.2 s under hardware
 /// virtualisation and 1.5 s under emulation: a busy host is no error.
 fn boot_deadline(accelerator: Accelerator) -> Duration {
@@ -161,15 +165,9 @@ impl Session {
             write: exports.write_roots(),
             own: self.sandbox.path().to_owned(),
         };
-        let (log, watched) = (self.record.console(), reach.clone());
-        let watchers = move || confine_thread(&watched);
-        let started = machine::start(&self.spec, &self.sandbox, program, lock, log, watchers).await?;
-        {
-            let mut live = self.live.borrow_mut();
-            live.machine = Some(started.machine.process());
-            live.accelerator = Some(started.accelerator.name().to_owned());
-        }
-        self.enter(Phase::Starting)?;
+        let Some((started, port)) = self.boot(program, lease, lock, &reach).await? else {
+            return Ok(Wish::LeaseEnded);
+        };
         confine(&reach).map_err(|message| {
             plain("confinement", format!("the supervisor cannot confine itself: {message}"), None)
         })?;
@@ -177,7 +175,7 @@ impl Session {
         let machine = started.machine;
         let deadline = boot_deadline(started.accelerator);
         let wish = Rc::new(RefCell::new(None));
-        let talk = self.converse(&exports, &listener, started.stream, deadline, lease, terminate, &wish);
+        let talk = self.converse(&exports, &listener, port, deadline, lease, terminate, &wish);
         let ended = tokio::select! {
             result = talk => result,
             exit = machine.wait() => {
@@ -209,6 +207,55 @@ impl Session {
         outcome
     }
 
+    /// Starts the machine, again if it does not come up; `None` if nobody waits for it any more. Nothing that the guest
+    /// says is read here: this process is not confined yet.
+    async fn boot(
+        &self,
+        program: &Path,
+        lease: &mut Lease,
+        lock: &std::fs::File,
+        reach: &Reach,
+    ) -> Result<Option<(machine::Started, Port<UnixStream>)>, Problem> {
+        let mut limits = BOOT_LIMITS.iter();
+        loop {
+            let watched = reach.clone();
+            let watchers = move || confine_thread(&watched);
+            let log = self.record.console();
+            let mut started = machine::start(&self.spec, &self.sandbox, program, lock, log, watchers).await?;
+            {
+                let mut live = self.live.borrow_mut();
+                live.machine = Some(started.machine.process());
+                live.accelerator = Some(started.accelerator.name().to_owned());
+            }
+            self.enter(Phase::Starting)?;
+            let mut port = Port::new(started.take_stream()?);
+            port.hail(1).await.map_err(|error| problem("boot", &error, None))?;
+            let limit = limits.next().filter(|_| started.accelerator == Accelerator::Tcg);
+            // The last one gets all the time there is, where its answer is read.
+            let Some(limit) = limit else { return Ok(Some((started, port))) };
+            let came_up = tokio::select! {
+                readable = port.get_ref().readable() => readable.is_ok(),
+                // Its end is told where its words are read.
+                _ = started.machine.wait() => true,
+                () = lease.ended() => {
+                    started.machine.kill();
+                    let _ = tokio::time::timeout(Duration::from_secs(5), started.machine.wait()).await;
+                    return Ok(None);
+                }
+                () = tokio::time::sleep(*limit) => false,
+            };
+            if came_up {
+                return Ok(Some((started, port)));
+            }
+            started.machine.kill();
+            let _ = tokio::time::timeout(Duration::from_secs(5), started.machine.wait()).await;
+            let text =
+                format!("the machine did not come up within {} s and is started again", limit.as_secs());
+            tracing::info!("{text}");
+            self.record.say("warning", &text);
+        }
+    }
+
     /// What the machine's process wrote reaches the host's disk before the sandbox counts as stopped.
     fn write_back(&self) {
         let disk = self.sandbox.path().join(crate::disk::FILE_NAME);
@@ -224,15 +271,14 @@ impl Session {
         &self,
         exports: &Arc<Exports>,
         listener: &UnixListener,
-        stream: UnixStream,
+        mut port: Port<UnixStream>,
         deadline: Duration,
         lease: &mut Lease,
         terminate: Signal,
         wish: &RefCell<Option<Wish>>,
     ) -> Result<(), Problem> {
-        let mut port = Port::new(stream);
         tokio::select! {
-            greeting = tokio::time::timeout(deadline, port.greet(1)) => match greeting {
+            greeting = tokio::time::timeout(deadline, port.answer()) => match greeting {
                 Ok(Ok(answer)) => tracing::debug!("the agent greets, kernel {}", answer.kernel),
                 Ok(Err(error)) => return Err(problem("boot", &error, None)),
                 Err(_) => return Err(boot_timeout(deadline)),

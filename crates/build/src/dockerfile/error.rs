@@ -24,7 +24,13 @@ impl DockerfileError {
     pub(super) fn new(source: &str, place: Place, message: String, hint: Option<String>) -> Self {
         let line = source.lines().nth(place.line.saturating_sub(1) as usize).unwrap_or_default();
         let line = line.chars().map(|character| if character.is_control() { ' ' } else { character });
-        Self { place, message, hint, line: line.collect() }
+        // The words are a stranger's: they must not write to a terminal.
+        let clean = |text: String| -> String {
+            text.chars()
+                .map(|character| if character.is_control() { '\u{fffd}' } else { character })
+                .collect()
+        };
+        Self { place, message: clean(message), hint: hint.map(clean), line: line.collect() }
     }
 
     /// The error as people read it, with the line and a caret below the place.

@@ -7,6 +7,9 @@ const DEPTH: usize = 32;
 /// Longest result, bytes.
 const OUTPUT: usize = 1 << 20;
 
+/// Most comparisons for one pattern.
+const WORK: usize = 1 << 24;
+
 /// Why a word cannot be expanded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ExpandError {
@@ -299,6 +302,7 @@ impl<'t, 'l> Expansion<'t, 'l> {
             '#' | '%' if after != ':' => {
                 let longest = self.rest.next_if_eq(&kind).is_some();
                 let pattern = Glob::parse(&self.raw_nested('}', depth)?, self.lexer.escape);
+                pattern.check_work(text.chars().count())?;
                 Ok(if kind == '#' {
                     without_prefix(&text, &pattern, longest)
                 } else {
@@ -377,6 +381,12 @@ impl Glob {
         Self(parts)
     }
 
+    /// Refuses what would take all day: matching so many characters.
+    fn check_work(&self, characters: usize) -> Result<(), ExpandError> {
+        let work = characters.saturating_mul(self.0.len() + 1);
+        if work > WORK { Err(ExpandError::TooLarge) } else { Ok(()) }
+    }
+
     /// Lengths of the beginnings of `text` that match, shortest first.
     fn prefixes(&self, text: &[char]) -> Vec<usize> {
         // reached[i]: the parts so far match the first i characters.
@@ -436,8 +446,9 @@ fn replace(text: &str, pattern: &Glob, replacement: &str, all: bool) -> Result<S
     let mut result = String::new();
     let mut index = 0;
     let mut done = false;
-    // Quadratic in a text's length, so bounded by it.
-    let limit = if characters.len() > 16 << 10 { return Err(ExpandError::TooLarge) } else { OUTPUT };
+    // Each character may be looked at by each part from each beginning on.
+    pattern.check_work(characters.len().saturating_mul(characters.len()))?;
+    let limit = OUTPUT;
     while index < characters.len() {
         let longest =
             if done && !all { None } else { pattern.prefixes(&characters[index..]).last().copied() };

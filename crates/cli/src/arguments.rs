@@ -597,6 +597,12 @@ pub(crate) enum ImagesVerb {
         #[arg(short, long)]
         force: bool,
     },
+    /// Forget built images that are gone.
+    Sync {
+        /// Print the names as JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Free what neither a name nor a sandbox needs.
     Prune {
         /// Say what would be freed, free nothing.

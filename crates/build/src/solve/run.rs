@@ -196,19 +196,27 @@ impl<E: Executor> Solver<'_, E> {
     fn mount_key(&mut self, state: &mut State<E::Machine>, key: Key, mount: &Mount) -> Build<Key> {
         let target =
             mount.target.as_ref().map(|word| self.expand(state, word)).transpose()?.unwrap_or_default();
-        let content = match &mount.kind {
+        let named = |solver: &Self, state: &State<E::Machine>, word: &Option<Word>| {
+            word.as_ref().map(|word| solver.expand(state, word)).transpose().map(Option::unwrap_or_default)
+        };
+        let (kind, content) = match &mount.kind {
             MountKind::Ssh => return self.refuse(mount.place, "a mount of type ssh is not supported", None),
-            MountKind::Bind { from, source, .. } => {
+            MountKind::Bind { from, source, writable } => {
                 let content =
                     self.selected(state, mount, from.as_ref(), source.as_ref(), |tree, selection| {
                         source::digest(tree, std::slice::from_ref(selection))
                     })?;
-                content.to_string()
+                (format!("bind {writable}"), content.to_string())
             }
-            _ => String::new(),
+            MountKind::Cache { id, mode, uid, gid, read_only, .. } => {
+                (format!("cache {mode:?} {uid} {gid} {read_only}"), named(self, state, id)?)
+            }
+            MountKind::Secret { id, variable, mode, uid, gid, .. } => {
+                (format!("secret {variable:?} {mode} {uid} {gid}"), named(self, state, id)?)
+            }
+            MountKind::Temporary { size } => (format!("tmpfs {size:?}"), String::new()),
         };
-        let kind = format!("{:?}", std::mem::discriminant(&mount.kind));
-        Ok(key.with("mount", [target.as_bytes(), content.as_bytes(), kind.as_bytes()]))
+        Ok(key.with("mount", [target.as_bytes(), kind.as_bytes(), content.as_bytes()]))
     }
 
     /// What a mount shows of the context, a stage or an image, given to `use_it`.

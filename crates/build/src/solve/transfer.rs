@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 
-use agentkernel_image::{LayerReader, decompressed};
+use agentkernel_image::{FileSystem, LayerReader, decompressed};
 
 use super::names::owner;
 use super::{Build, Executor, Solver, State};
@@ -115,14 +115,17 @@ impl<E: Executor> Solver<'_, E> {
         }
         let at = instruction.place;
         let content = source::digest(&tree, &selections).map_err(|failure| self.at(at, failure))?;
-        let how = format!("{ownership:?}");
+        let link = transfer.link;
+        let how = format!("{ownership:?} {link}");
         let content = content.to_string();
         let parts = [destination.as_bytes(), how.as_bytes(), content.as_bytes()];
         let key = state.key.with(if is_add { "ADD" } else { "COPY" }, parts);
         let time = self.time();
         self.cached(state, key, |solver, state| {
             let store = solver.writing.store().clone();
-            let files = state.files(&mut *solver.executor, &store)?;
+            // A linked layer knows nothing of what lies below it: no link of the image is followed.
+            let bare = FileSystem::new();
+            let files = if link { &bare } else { state.files(&mut *solver.executor, &store)? };
             let mut plan = Plan::default();
             let placed = plan.transfer(files, &selections, destination, ownership, time);
             placed.map_err(|failure| solver.at(at, failure))?;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use agentkernel_image::registry::{RegistryOptions, Transfer};
+use agentkernel_sandbox::build::ImageBuilder;
 use agentkernel_sandbox::images::{ImageInfo, Images, archive_output, format_size};
 use agentkernel_sandbox::state::Home;
 use agentkernel_sandbox::{Problem, io, plain};
@@ -70,6 +71,15 @@ pub(super) fn images(verb: &ImagesVerb) -> Result<u8, Problem> {
                 }
             }
             return Ok(u8::from(failed));
+        }
+        ImagesVerb::Sync { json } => {
+            let home = environment::home()?;
+            let gone = ImageBuilder::open(&home, &environment::program()?)?.sync()?;
+            if *json {
+                ui::json(&json!({ "gone": gone }));
+            } else {
+                ui::data(&gone.iter().map(|name| format!("{name}\n")).collect::<String>());
+            }
         }
         ImagesVerb::Prune { dry_run, json } => {
             let pruned = images.prune(*dry_run)?;

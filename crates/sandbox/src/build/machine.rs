@@ -225,7 +225,7 @@ fn item(entry: LayerEntry) -> Result<LayerItem, Failure> {
                     .xattrs
                     .into_iter()
                     .map(|(name, value)| (name.into_vec(), value.into_vec()))
-                    .filter(|(name, _)| !name.contains(&0) && !name.contains(&b'='))
+                    .filter(|(name, _)| is_attribute(name))
                     .collect(),
             };
             let kind = match kind {
@@ -252,6 +252,11 @@ fn item(entry: LayerEntry) -> Result<LayerItem, Failure> {
             return Err(Failure::new("the machine sent entries out of turn"));
         }
     })
+}
+
+/// Whether an extended attribute belongs into a layer. Those of overlayfs would speak to the one it is mounted in.
+fn is_attribute(name: &[u8]) -> bool {
+    !name.is_empty() && !name.contains(&0) && !name.contains(&b'=') && !name.starts_with(b"trusted.overlay.")
 }
 
 /// A path that stays within a layer and means nothing else there.

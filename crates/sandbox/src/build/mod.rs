@@ -380,7 +380,7 @@ impl Executor for Machines<'_> {
 
     fn image(&mut self, name: &str) -> Result<Base, Failure> {
         let store = self.builder.images.store();
-        let resolved = self.builder.resolve_image(name);
+        let resolved = self.builder.images.resolve(name);
         let image = match store.find(&resolved) {
             Err(StoreError::NotFound { .. }) => {
                 let reference: Reference =

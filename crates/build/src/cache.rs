@@ -26,8 +26,6 @@ pub struct Cache {
 pub struct Record {
     /// The layer and its digest once uncompressed; `None` if nothing changed.
     pub layer: Option<(Descriptor, Digest)>,
-    /// When, RFC 3339.
-    pub created: String,
 }
 
 /// Everything that a step's outcome depends on, in one digest.

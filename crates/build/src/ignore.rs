@@ -65,14 +65,6 @@ impl Pattern {
         Ok(Self { parts })
     }
 
-    /// Whether nothing in it stands for anything but itself.
-    pub fn is_plain(&self) -> bool {
-        self.parts.iter().all(|part| match part {
-            Part::AnyDirectories => false,
-            Part::Component(pieces) => pieces.iter().all(|piece| matches!(piece, Piece::Byte(_))),
-        })
-    }
-
     /// Whether the whole path matches.
     pub fn matches(&self, path: &[u8]) -> bool {
         let components = components(path);
@@ -287,11 +279,6 @@ impl IgnoreFile {
     /// Adds a pattern that is ignored.
     pub fn push(&mut self, pattern: Pattern) {
         self.patterns.push((pattern, true));
-    }
-
-    /// Whether nothing is ignored.
-    pub fn is_empty(&self) -> bool {
-        self.patterns.is_empty()
     }
 
     /// Whether the path, relative to the context, is left out.

@@ -340,6 +340,41 @@ fn only_what_is_needed_is_built_and_only_what_changed() {
 }
 
 #[test]
+fn a_stage_of_many_layers_goes_on_over_a_root_file_system_of_those_before() {
+    let fixture = Fixture::new();
+    fixture.write("f", "f", 0o644);
+    let runs: String = (0..130).map(|number| format!("RUN step {number}\n")).collect();
+    fixture.build(&format!("FROM scratch\n{runs}"));
+    let lowers: Vec<usize> = fixture.steps.borrow().iter().map(|step| step.lower.len()).collect();
+    assert_eq!((lowers.len(), lowers.iter().filter(|lower| **lower == 0).count()), (130, 3));
+    assert!(lowers.iter().all(|lower| *lower <= 60), "{lowers:?}");
+    // And where what is too much was copied.
+    fixture.steps.borrow_mut().clear();
+    let copies: String = (0..70).map(|number| format!("COPY f /f{number}\n")).collect();
+    fixture.build(&format!("FROM scratch\n{copies}RUN last\n"));
+    assert_eq!(fixture.steps.borrow()[0].lower.len(), 0);
+}
+
+#[test]
+fn mounts_that_differ_are_steps_that_differ_and_linked_layers_know_nothing_of_the_image() {
+    let mut fixture = Fixture::new();
+    fixture.write("f", "f", 0o644);
+    fixture.options.secrets = BTreeMap::from([("a".into(), b"1".to_vec()), ("b".into(), b"2".to_vec())]);
+    for mount in
+        ["type=secret,id=a", "type=secret,id=b", "type=cache,target=/c,id=a", "type=cache,target=/c,id=b"]
+    {
+        fixture.build(&format!("FROM scratch\nRUN --mount={mount} same\n"));
+    }
+    assert_eq!(fixture.commands().len(), 4);
+    std::os::unix::fs::symlink("real", fixture.directory.path().join("context/link")).unwrap();
+    let made = fixture
+        .build("FROM scratch\nWORKDIR /real\nCOPY . /\nCOPY f /link/through\nCOPY --link f /link/own\n");
+    assert_eq!(made.files["/real/through"], "644 0:0 f");
+    assert_eq!(made.files["/link"], "755 0:0 /");
+    assert_eq!(made.files["/link/own"], "644 0:0 f");
+}
+
+#[test]
 fn arguments_and_the_environment_reach_where_they_should() {
     let mut fixture = Fixture::new();
     fixture.options.arguments =

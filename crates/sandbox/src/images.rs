@@ -83,11 +83,9 @@ impl Images {
     /// What a name that `build` gave is called in the store; any other stays as it is.
     pub fn resolve(&self, name: &str) -> String {
         let bare = name.strip_suffix(":latest").unwrap_or(name);
-        if crate::build::check_name(bare).is_ok() && crate::build::record_path(&self.home, bare).exists() {
-            crate::build::reference_of(bare)
-        } else {
-            name.to_owned()
-        }
+        let reference = crate::build::reference_of(bare);
+        let is_built = crate::build::check_name(bare).is_ok() && self.store.find(&reference).is_ok();
+        if is_built { reference } else { name.to_owned() }
     }
 
     /// The image that a name or id means.

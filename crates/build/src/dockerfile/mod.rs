@@ -40,8 +40,6 @@ pub struct Word {
 pub struct Dockerfile {
     /// What continues a line and takes a character's meaning away: a backslash or a backquote.
     pub escape: char,
-    /// The frontend that `# syntax=` asks for.
-    pub syntax: Option<Word>,
     /// Arguments before the first stage: for `FROM` only.
     pub arguments: Vec<Instruction>,
     /// The stages, at least one.

@@ -34,14 +34,9 @@ const SECOND: u64 = 1_000_000_000;
 pub(super) fn parse(bytes: &[u8]) -> Result<Dockerfile, DockerfileError> {
     let source = lines::decode(bytes)?;
     let lines = lines::read(&source)?;
-    let mut file = Dockerfile {
-        escape: lines.escape,
-        syntax: lines.syntax,
-        arguments: Vec::new(),
-        stages: Vec::new(),
-        source: String::new(),
-    };
-    if let Some(syntax) = &file.syntax {
+    let mut file =
+        Dockerfile { escape: lines.escape, arguments: Vec::new(), stages: Vec::new(), source: String::new() };
+    if let Some(syntax) = &lines.syntax {
         check_syntax(&source, syntax)?;
     }
     for line in &lines.lines {

@@ -650,7 +650,7 @@ impl<E: Executor> Solver<'_, E> {
             Some(record) => record.layer,
             None => {
                 let layer = make(self, state)?;
-                let record = Record { layer: layer.clone(), created: self.created() };
+                let record = Record { layer: layer.clone() };
                 let kept = self.cache.keep(&key, &record);
                 kept.map_err(|error| Failure::new(format!("cannot write the build cache: {error}")))?;
                 layer

@@ -169,15 +169,12 @@ impl<E: Executor> Solver<'_, E> {
     fn ready(&mut self, state: &mut State<E::Machine>) -> Result<(), Failure> {
         let over = state.machine.as_ref().map_or(0, |running| state.layers.len() - running.settled);
         if over > LAYERS_LIMIT {
-            // Another one, over a root file system of all that was built so far.
+            // Another one, over a root file system of what was built so far.
             state.machine = None;
         }
         if state.machine.is_none() {
-            let settled = match state.layers.len() - state.settled.max(state.base) > LAYERS_LIMIT || over > 0
-            {
-                true => state.layers.len(),
-                false => state.settled.max(state.base),
-            };
+            let many = state.layers.len() - state.settled > LAYERS_LIMIT;
+            let settled = if many { state.layers.len() } else { state.settled };
             let root = self.executor.root_file_system(&state.layers[..settled])?;
             let machine = self.executor.start(&root)?;
             state.machine = Some(Running { machine, settled, numbers: Vec::new(), next: 1 });
@@ -374,8 +371,9 @@ impl<E: Executor> Solver<'_, E> {
         let Some(running) = &mut state.machine else { return Ok(()) };
         let machine = &mut running.machine;
         let layer = self.layer(|writer| machine.take_layer(number, &mut Target(writer)))?;
-        let record = Record { layer, created: self.created() };
-        self.cache.keep(key, &record).map_err(|error| Failure::new(format!("cannot keep a cache: {error}")))
+        self.cache
+            .keep(key, &Record { layer })
+            .map_err(|error| Failure::new(format!("cannot keep a cache: {error}")))
     }
 }
 

@@ -191,11 +191,6 @@ impl<W: Write> LayerWriter<W> {
         self.items
     }
 
-    /// What is written to.
-    pub fn get_ref(&self) -> &W {
-        &self.output
-    }
-
     /// Puts an item in. Of a file, exactly its size must follow by [`LayerWriter::data`].
     ///
     /// # Errors

@@ -36,8 +36,6 @@ pub struct Resolved {
     pub path: Vec<u8>,
     /// What is there; `None` if the path ends before that.
     pub node: Option<NodeId>,
-    /// How many of the path's components exist.
-    pub existing: usize,
 }
 
 /// Why a path leads nowhere.
@@ -222,9 +220,8 @@ impl FileSystem {
                 return Err(ResolveError::NotADirectory);
             }
         }
-        let existing = trail.len();
         let parts: Vec<Vec<u8>> = trail.into_iter().map(|(name, _)| name).chain(missing).collect();
-        Ok(Resolved { path: parts.join(&b'/'), node: node.map(NodeId), existing })
+        Ok(Resolved { path: parts.join(&b'/'), node: node.map(NodeId) })
     }
 }
 

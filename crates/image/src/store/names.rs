@@ -1,9 +1,6 @@
 //! Names: `index.json`, and what the images they mean are.
 
-use std::collections::BTreeMap;
-
 use rustix::fs::FlockOperation;
-use serde::Serialize;
 
 use super::{LOCK_PATIENCE, Store, StoreError, Writing, replace};
 use crate::config::{ConfigFile, Descriptor, ImageConfig, Index, Manifest, Platform};
@@ -16,7 +13,7 @@ use crate::reference::Reference;
 const ID_DIGITS: usize = 4;
 
 /// An image with a name.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct StoredImage {
     /// Its full name.
     pub name: String,
@@ -29,17 +26,12 @@ pub struct StoredImage {
     /// Bytes of its layers as stored.
     pub size_bytes: u64,
     /// Layers as stored, lowest first.
-    #[serde(skip)]
     pub layers: Vec<Descriptor>,
     /// Layers once uncompressed, lowest first.
     pub diff_ids: Vec<Digest>,
     /// What it says about its process.
-    #[serde(skip)]
     pub config: ImageConfig,
-    /// Free text by name.
-    pub labels: BTreeMap<String, String>,
     /// The manifest.
-    #[serde(skip)]
     pub manifest: Descriptor,
 }
 
@@ -170,7 +162,6 @@ impl Store {
             size_bytes: document.layers.iter().map(|layer| layer.size).fold(0, u64::saturating_add),
             layers: document.layers,
             diff_ids: file.rootfs.diff_ids,
-            labels: file.config.labels.clone(),
             config: file.config,
             manifest,
         })

@@ -240,7 +240,7 @@ impl ImageBuilder {
             built_at: humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string(),
             dockerfile: Some(absolute(&path)),
             context: Some(absolute(&request.context)),
-            labels: image.labels.into_iter().collect(),
+            labels: image.config.labels.into_iter().collect(),
         };
         self.keep(&record)?;
         self.records.insert(record.name.clone(), record.clone());

@@ -490,6 +490,9 @@ pub(crate) struct BuildArguments {
     /// Take nothing from earlier builds.
     #[arg(long)]
     pub no_cache: bool,
+    /// What builds: agentkernel itself, or Docker if it is installed.
+    #[arg(long, value_name = "ENGINE", default_value = "native")]
+    pub engine: BuildEngine,
     /// How progress is shown: with every line of every step (plain), or on a terminal briefly (auto).
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub progress: BuildProgress,
@@ -505,6 +508,12 @@ pub(crate) struct BuildArguments {
     /// Say nothing but errors on stderr.
     #[arg(short, long)]
     pub quiet: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BuildEngine {
+    Native,
+    Docker,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -5,11 +5,11 @@ use std::io::IsTerminal;
 use std::path::Path;
 use std::time::Duration;
 
-use agentkernel_sandbox::build::{BuildRequest, Event, ImageBuilder, Options};
+use agentkernel_sandbox::build::{BuildRequest, Engine, Event, ImageBuilder, Options};
 use agentkernel_sandbox::{Problem, io, plain};
 
 use super::images;
-use crate::arguments::{BuildArguments, BuildProgress};
+use crate::arguments::{BuildArguments, BuildEngine, BuildProgress};
 use crate::{environment, ui};
 
 /// Largest secret, bytes.
@@ -32,6 +32,10 @@ pub(super) fn build(arguments: &BuildArguments) -> Result<u8, Problem> {
         name: arguments.tag.clone(),
         context: arguments.context.clone(),
         dockerfile: arguments.dockerfile.clone(),
+        engine: match arguments.engine {
+            BuildEngine::Native => Engine::Native,
+            BuildEngine::Docker => Engine::Docker,
+        },
         options: Options {
             target: arguments.target.clone(),
             arguments: build_arguments(&arguments.build_arg)?,

@@ -6,6 +6,7 @@
 //! HOME/build-cache                 what steps made
 //! ```
 
+mod docker;
 mod machine;
 
 use std::collections::{BTreeMap, HashMap};
@@ -19,7 +20,7 @@ use agentkernel_build::ignore::IgnoreFile;
 use agentkernel_build::{BuildError, Context};
 pub use agentkernel_build::{Event, OnEvent, Options};
 use agentkernel_image::registry::{self, RegistryOptions};
-use agentkernel_image::{Descriptor, Digest, Reference, RootFileSystem, StoreError};
+use agentkernel_image::{Descriptor, Digest, Reference, RootFileSystem, StoreError, StoredImage};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 
@@ -29,6 +30,7 @@ use crate::launch;
 use crate::problem::{Problem, io, plain, problem};
 use crate::state::{Home, random_word, write_atomically};
 
+use docker::Docker;
 use machine::{BuildMachine, failure};
 
 /// Name of the directory of records.
@@ -41,6 +43,9 @@ const NAME_LIMIT: usize = 128;
 const PREFIX: &str = "agentkernel-";
 const MANAGED_LABEL: &str = "agentkernel.managed";
 const NAME_LABEL: &str = "agentkernel.name";
+/// Says that Docker built the image.
+const ENGINE_LABEL: &str = "agentkernel.engine";
+const DOCKER: &str = "docker";
 
 /// An image that was built here.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,10 +73,25 @@ impl LocalImage {
         format_size(self.size_bytes)
     }
 
+    /// Whether Docker built it.
+    fn is_dockers(&self) -> bool {
+        self.labels.get(ENGINE_LABEL).is_some_and(|engine| engine == DOCKER)
+    }
+
     /// What it is called in the store, and in Docker once it is loaded there.
     pub fn docker_ref(&self) -> String {
         reference_of(&self.name)
     }
+}
+
+/// What builds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Engine {
+    /// Our own.
+    #[default]
+    Native,
+    /// Docker, by its command line; the image is brought into the store afterwards.
+    Docker,
 }
 
 /// What a build's machines are made of.
@@ -103,6 +123,8 @@ pub struct ImageBuilder {
     pub resources: Resources,
     /// How images that are not here are fetched.
     pub registry: RegistryOptions,
+    /// Docker's program, for the other engine.
+    pub docker: PathBuf,
 }
 
 /// One build.
@@ -114,6 +136,8 @@ pub struct BuildRequest {
     pub context: PathBuf,
     /// The Dockerfile; `Dockerfile` in the context if nothing is said.
     pub dockerfile: Option<PathBuf>,
+    /// What builds.
+    pub engine: Engine,
     /// Everything else.
     pub options: Options,
 }
@@ -164,6 +188,7 @@ impl ImageBuilder {
             program: program.to_owned(),
             resources: Resources::default(),
             registry: RegistryOptions::default(),
+            docker: PathBuf::from("docker"),
         })
     }
 
@@ -181,6 +206,7 @@ impl ImageBuilder {
             name: name.to_owned(),
             context: context.to_owned(),
             dockerfile: dockerfile.map(Path::to_owned),
+            engine: Engine::Native,
             options: Options::default(),
         };
         self.build_with(&request, &mut |_| {})
@@ -197,46 +223,31 @@ impl ImageBuilder {
     ) -> Result<LocalImage, Problem> {
         check_name(&request.name)?;
         let (path, text) = find_dockerfile(&request.context, request.dockerfile.as_deref())?;
-        let shown = path.display().to_string();
-        let dockerfile = Dockerfile::parse(&text).map_err(|error| Problem {
-            code: "dockerfile".into(),
-            message: error.render(&shown),
-            hint: error.hint,
-        })?;
-        let ignore = ignore_file(&request.context, &path)?;
-        let context = Context::open(&request.context, ignore)
-            .map_err(io(format!("read {}", request.context.display())))?;
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(io("start the build"))?;
+        let reference: Reference =
+            reference_of(&request.name).parse().map_err(|error: agentkernel_image::InvalidReference| {
+                problem("image-name", &error, Some(error.hint()))
+            })?;
         let mut options = request.options.clone();
         options.labels.insert(MANAGED_LABEL.into(), "true".into());
         options.labels.insert(NAME_LABEL.into(), request.name.clone());
-        let cache = Cache::open(&self.home.path().join(STEPS)).map_err(io("open the build cache"))?;
-        let writing = self.images.store().writing().map_err(store_problem)?;
-        let mut executor = Machines { builder: self, runtime: Rc::new(runtime) };
-        let manifest = agentkernel_build::build(
-            &dockerfile,
-            &context,
-            &options,
-            &writing,
-            &cache,
-            &mut executor,
-            on_event,
-        )
-        .map_err(|error| build_problem(error, &shown))?;
-        let reference: Reference = format!("{PREFIX}{}", request.name).parse().map_err(
-            |error: agentkernel_image::InvalidReference| problem("image-name", &error, Some(error.hint())),
-        )?;
-        // The name last: who is killed before leaves the former image as it was.
-        let image = writing.tag(manifest, &reference).map_err(store_problem)?;
+        let (image, size_bytes) = match request.engine {
+            Engine::Native => {
+                self.build_here(&request.context, &reference, &path, &text, &options, on_event)?
+            }
+            Engine::Docker => {
+                options.labels.insert(ENGINE_LABEL.into(), DOCKER.into());
+                let docker = Docker(&self.docker);
+                let name = reference_of(&request.name);
+                docker.build(self.home.path(), &name, &request.context, &path, &options, on_event)?;
+                docker.take(&self.images, &reference)?
+            }
+        };
         let absolute =
             |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned()).display().to_string();
         let record = LocalImage {
             name: request.name.clone(),
             image_id: image.image_id.to_string(),
-            size_bytes: self.uncompressed(&image)?,
+            size_bytes,
             built_at: humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string(),
             dockerfile: Some(absolute(&path)),
             context: Some(absolute(&request.context)),
@@ -245,6 +256,47 @@ impl ImageBuilder {
         self.keep(&record)?;
         self.records.insert(record.name.clone(), record.clone());
         Ok(record)
+    }
+
+    /// Builds with our own engine, and names the image.
+    fn build_here(
+        &self,
+        context: &Path,
+        reference: &Reference,
+        path: &Path,
+        text: &[u8],
+        options: &Options,
+        on_event: OnEvent<'_>,
+    ) -> Result<(StoredImage, u64), Problem> {
+        let shown = path.display().to_string();
+        let dockerfile = Dockerfile::parse(text).map_err(|error| Problem {
+            code: "dockerfile".into(),
+            message: error.render(&shown),
+            hint: error.hint,
+        })?;
+        let ignore = ignore_file(context, path)?;
+        let source = Context::open(context, ignore).map_err(io(format!("read {}", context.display())))?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(io("start the build"))?;
+        let cache = Cache::open(&self.home.path().join(STEPS)).map_err(io("open the build cache"))?;
+        let writing = self.images.store().writing().map_err(store_problem)?;
+        let mut executor = Machines { builder: self, runtime: Rc::new(runtime) };
+        let manifest = agentkernel_build::build(
+            &dockerfile,
+            &source,
+            options,
+            &writing,
+            &cache,
+            &mut executor,
+            on_event,
+        )
+        .map_err(|error| build_problem(error, &shown))?;
+        // The name last: who is killed before leaves the former image as it was.
+        let image = writing.tag(manifest, reference).map_err(store_problem)?;
+        let size_bytes = self.uncompressed(&image)?;
+        Ok((image, size_bytes))
     }
 
     /// The image of that name.
@@ -270,6 +322,9 @@ impl ImageBuilder {
         let Some(record) = self.records.get(name) else {
             return Err(plain("image-not-found", format!("Image '{name}' not found"), None));
         };
+        if record.is_dockers() {
+            Docker(&self.docker).remove(&record.docker_ref())?;
+        }
         match self.images.remove(&record.docker_ref(), true) {
             Err(problem) if problem.code != "image-not-found" => return Err(problem),
             _ => {}
@@ -289,9 +344,13 @@ impl ImageBuilder {
     pub fn sync(&mut self) -> Result<Vec<String>, Problem> {
         let mut gone = Vec::new();
         for record in self.records.values() {
-            match self.images.store().find(&record.docker_ref()) {
-                Err(StoreError::NotFound { .. }) => gone.push(record.name.clone()),
-                found => drop(found.map_err(store_problem)?),
+            let is_gone = match self.images.store().find(&record.docker_ref()) {
+                Err(StoreError::NotFound { .. }) => true,
+                found => found.map_err(store_problem).map(|_| false)?,
+            };
+            // One of Docker's is gone when Docker says so; if it does not answer, nobody knows.
+            if is_gone || (record.is_dockers() && !Docker(&self.docker).has(&record.docker_ref())?) {
+                gone.push(record.name.clone());
             }
         }
         for name in &gone {
@@ -322,7 +381,7 @@ impl ImageBuilder {
     }
 
     /// Bytes of an image's layers once uncompressed.
-    fn uncompressed(&self, image: &agentkernel_image::StoredImage) -> Result<u64, Problem> {
+    fn uncompressed(&self, image: &StoredImage) -> Result<u64, Problem> {
         let mut total = 0;
         for layer in &image.layers {
             // Those built here lie uncompressed; of others the registry says how large they are as they are sent.

@@ -13,7 +13,6 @@ agentkernel's state: it lies in the build's directory, where the kernel is kept 
 
 import argparse
 import contextlib
-import ctypes
 import datetime
 import fcntl
 import hashlib
@@ -32,13 +31,11 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-BUSYBOX = "/bin/busybox"
+from docker import BUSYBOX, LIMIT, ROOT, Docker, adopt_orphans, fail, run, target_directory
+
 PYTHON = "/usr/bin/python3"
-LIMIT = 600
 MIB = 1 << 20
 STREAM_BLOCKS = 1024
-PR_SET_CHILD_SUBREAPER = 36
 # What `list` meets.
 LISTED = 1000
 # How many live at once, how large, how many are started at a time.
@@ -47,149 +44,11 @@ ALIVE, ALIVE_MEMORY, ALIVE_STARTING = 20, "256M", 2
 DIRECTORIES, FILES, FILE_BYTES = 500, 100, 1024
 
 
-def fail(text):
-    sys.exit(f"error: {text}")
-
-
-def run(command, codes=(0,), **options):
-    """Runs a command that must end with one of `codes`; returns what it printed."""
-    done = subprocess.run(command, capture_output=True, timeout=LIMIT, stdin=subprocess.DEVNULL, **options)
-    if done.returncode not in codes:
-        said = done.stderr.decode(errors="replace").strip()[-2000:]
-        fail(f"{' '.join(map(str, command))} ended with {done.returncode}: {said}")
-    return done.stdout
-
-
 def timed(command, **options):
     """Wall time of a command, ms."""
     begun = time.perf_counter()
     run(command, **options)
     return (time.perf_counter() - begun) * 1e3
-
-
-def target_directory():
-    metadata = run(["cargo", "metadata", "--format-version", "1", "--no-deps", "--locked"], cwd=ROOT)
-    return Path(json.loads(metadata)["target_directory"])
-
-
-# ---- Docker ---------------------------------------------------------------------------------------------------------
-
-
-class Docker:
-    """A daemon of our own with one image: a static busybox."""
-
-    IMAGE = "agentkernel-bench"
-
-    def __init__(self):
-        self.directory = Path(tempfile.mkdtemp(prefix="agentkernel-bench-docker.", dir="/var/tmp"))
-        self.socket = self.directory / "docker.sock"
-        self.process = None
-        self.log = None
-        self.cgroup = f"agentkernel-bench-{os.getpid()}"
-        # What dockerd makes outside the directories it is given.
-        self.foreign = [path for path in map(Path, ("/run/docker", "/run/containerd")) if not path.exists()]
-
-    def __enter__(self):
-        try:
-            self.start()
-            self.load_image()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def start(self):
-        path = "/usr/sbin:/usr/bin:/sbin:/bin"
-        program, self.client = (shutil.which(name, path=path) for name in ("dockerd", "docker"))
-        if not program or not self.client:
-            fail("docker.io is not installed: scripts/install-packages bench")
-        self.log = open(self.directory / "log", "wb")
-        # Not the machine's configuration, which may set the same options.
-        (self.directory / "daemon.json").write_text("{}")
-        own = self.directory
-        self.process = subprocess.Popen(
-            [
-                program,
-                *("--data-root", own / "data", "--exec-root", own / "exec", "--pidfile", own / "pid"),
-                *("--host", f"unix://{self.socket}", "--config-file", own / "daemon.json"),
-                *("--bridge=none", "--iptables=false", "--ip6tables=false", "--storage-driver=overlay2"),
-                *("--exec-opt", "native.cgroupdriver=cgroupfs", "--cgroup-parent", f"/{self.cgroup}"),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=self.log,
-            stderr=self.log,
-            env={"PATH": path, "HOME": str(own)},
-            # Ctrl-C is for us; we end the daemon in order.
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + 60
-        while subprocess.run(self.command("version"), capture_output=True, stdin=subprocess.DEVNULL).returncode != 0:
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                fail(f"dockerd did not start: {(own / 'log').read_text(errors='replace')[-2000:]}")
-            time.sleep(0.2)
-
-    def command(self, *words):
-        return ["env", f"HOME={self.directory}", self.client, "--host", f"unix://{self.socket}", *words]
-
-    def load_image(self):
-        root = self.directory / "root"
-        (root / "bin").mkdir(parents=True)
-        shutil.copy(BUSYBOX, root / "bin/busybox")
-        for name in ("true", "sleep", "sh"):
-            (root / "bin" / name).symlink_to("busybox")
-        archive = self.directory / "root.tar"
-        run(["tar", "--create", "--file", archive, "--directory", root, "."])
-        run(self.command("import", str(archive), self.IMAGE))
-
-    def version(self):
-        return run(self.command("version", "--format", "{{.Server.Version}}")).decode().strip()
-
-    def run_command(self, *words):
-        return self.command("run", "--rm", "--network", "none", self.IMAGE, *words)
-
-    def __exit__(self, *_):
-        """Containers, daemon, what it left running, mounts, files: all of it, in this order."""
-        if self.process and self.process.poll() is None:
-            listed = subprocess.run(self.command("ps", "-aq"), capture_output=True, stdin=subprocess.DEVNULL)
-            if containers := listed.stdout.decode().split():
-                subprocess.run(self.command("rm", "-f", *containers), capture_output=True, stdin=subprocess.DEVNULL)
-            self.process.terminate()
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        if self.log:
-            self.log.close()
-        self.reap()
-        mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-        for mount in sorted((mount for mount in mounts if mount.startswith(f"{self.directory}/")), reverse=True):
-            subprocess.run(["umount", "--lazy", mount], capture_output=True)
-        for path in [*Path("/sys/fs/cgroup").glob(f"*/{self.cgroup}"), Path("/sys/fs/cgroup", self.cgroup), *self.foreign]:
-            self.remove_empty(path)
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-    @staticmethod
-    def remove_empty(directory):
-        """Removes a tree of empty directories (control groups are such); one that is in use stays."""
-        for inner, _, _ in os.walk(directory, topdown=False):
-            with contextlib.suppress(OSError):
-                os.rmdir(inner)
-
-    @staticmethod
-    def reap():
-        """Waits for what the daemon left to us; ends it if it does not end by itself."""
-        deadline = time.monotonic() + 5
-        while True:
-            try:
-                reaped, _ = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if reaped == 0:
-                time.sleep(0.05)
-                if time.monotonic() > deadline:
-                    for child in Path("/proc/thread-self/children").read_text().split():
-                        os.kill(int(child), signal.SIGKILL)
 
 
 # ---- agentkernel ----------------------------------------------------------------------------------------------------
@@ -769,8 +628,7 @@ def main():
         fail("build first: cargo build --release --locked -p agentkernel")
     # SIGTERM ends this as Ctrl-C does: with everything cleaned up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # Processes that the death of their parents orphans become ours, to be counted, ended and reaped.
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()
     state = target / "bench-state"
     state.mkdir(mode=0o700, exist_ok=True)
     os.environ["AGENTKERNEL_HOME"] = str(state)

@@ -2,7 +2,7 @@
 
 `context`: files by path; a value is text, or (text, mode), or ("->", target), or None for an empty directory.
 `setup`: a shell script run in a copy of the context, for what Python's words above cannot make.
-`flags`: given to both builds. `first`: Dockerfiles built before, by name. `differences`: what may differ, and why.
+`flags`: given to both builds. `first`: Dockerfiles built before, by name. `differences`: what has to differ, and why.
 `golden`: what Docker 20.10 cannot build; entries and configuration as the Dockerfile reference has them.
 """
 
@@ -34,8 +34,22 @@ CASES = [
     case("copy-through-link", "FROM base\nCOPY a.txt /lnk/inside.txt\nCOPY dir /lnk/deep/er\n"),
     case("copy-relative", "FROM base\nWORKDIR /w/x\nCOPY a.txt .\nCOPY a.txt b\nCOPY dir ./sub\nCOPY a.txt ../up\n"),
     case("copy-chown", "FROM base\nCOPY --chown=app a.txt /1/\nCOPY --chown=app:users dir /2/\nCOPY --chown=7 a.txt /3\nCOPY --chown=7:8 a.txt /4/5/6\n"),
-    case("copy-chmod", "FROM base\nCOPY --chmod=4711 a.txt /1\nCOPY --chmod=0600 dir /2\n"),
+    case(
+        "copy-chmod",
+        "FROM base\nCOPY --chmod=4711 a.txt /1\nCOPY --chmod=0600 dir /2\n",
+        differences={"/1": "this Docker loses the set-id bits; later ones keep them"},
+    ),
     case("copy-modes", "FROM base\nCOPY m /m\n", {}, setup="mkdir -m 1777 -p m/sticky; echo x > m/set; chmod 6755 m/set; echo r > m/none; chmod 000 m/none"),
+    case(
+        "copy-special",
+        "FROM base\nCOPY s /s\n",
+        {"s/a": "a"},
+        setup="mkfifo s/fifo; python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind(\"s/socket\")'",
+        differences={
+            "/s/fifo": "this Docker drops it without a word; here it is copied",
+            "/s/socket": "this Docker makes an empty file of it; here it is left out",
+        },
+    ),
     case("copy-hard-links", "FROM base\nCOPY h /h\n", {}, setup="mkdir h; echo x > h/one; ln h/one h/two"),
     case("copy-odd-names", "FROM base\nCOPY odd /odd\n", {"odd/with space": "1", "odd/ünï": "2", "odd/" + "n" * 200: "3", "odd/-dash": "4"}),
     case("copy-json", 'FROM base\nCOPY ["a b", "c", "/d e/"]\n', {"a b": "1", "c": "2"}),
@@ -50,6 +64,8 @@ CASES = [
     case("arg-from", "ARG IMAGE=nothing\nARG TAG\nFROM ${IMAGE:-x}${TAG:+:$TAG}\nARG IMAGE\nRUN echo \"$IMAGE-$TAG\" > /arg\n", flags=["--build-arg", "IMAGE=base", "--build-arg", "TAG=latest"]),
     case("arg-scope", "FROM base AS one\nARG A=a\nENV E=$A\nFROM base\nRUN echo \"[$A][$E]\" > /none\nARG A=b C\nRUN echo \"[$A][$C]\" > /some\n", flags=["--build-arg", "C=c"]),
     case("arg-and-env", "FROM base\nARG X=arg\nENV X=env\nRUN echo $X > /x\nARG X=later\nRUN echo $X > /y\n", flags=["--build-arg", "X=given"]),
+    case("arg-inherited", "FROM base AS one\nARG A=a\nENV E=e\nFROM one\nRUN echo [$A] > /x\nLABEL l=$A$E\n"),
+    case("arg-empty", "FROM base\nENV X=e\nARG X\nARG Y=\nRUN echo [$X][${Y-unset}] > /x\nLABEL l=$X\n"),
     case("env-forms", "FROM base\nENV A=1 B=\"two words\" C='$A' D=a\\ b E=${A}x\nENV F one two  three\nENV A=2 G=$A\nRUN env | grep -v -e HOSTNAME -e PWD -e SHLVL -e USER -e LOGNAME | sort > /env\n"),
     case("expansion", "FROM base\nENV A=val E=\nLABEL a=${A:-d} b=${N:-d} c=${E:-d} d=${A:+p} e=${N:+p} f=\"${A}\" g='$A' h=\\$A i=${N:-${A}}\nWORKDIR /w/$A\nCOPY ${A:+a}.txt ./$A.txt\nEXPOSE ${P:-80}\nVOLUME /v/$A\nSTOPSIGNAL ${S:-SIGINT}\n"),
     case("labels", 'FROM base\nLABEL one=1 two="2 2" "three three"=3\nLABEL one=changed multi="a\\\nb"\nLABEL old style value\n'),
@@ -79,10 +95,27 @@ CASES = [
     case("kinds", "FROM base\nRUN ln -s /nowhere '/sym link' && mkfifo -m 640 /fifo && echo x > /h1 && ln /h1 /h2 && mkdir /h && ln /h1 /h/3 && mknod /null c 1 3\n"),
     case("capabilities", "FROM base\nRUN cp -a /capable /copied; mv /capable /moved\n"),
     case("run-exec", 'FROM base\nRUN ["/bin/sh", "-c", "echo exec > /x"]\nRUN ["touch", "/a b"]\n'),
-    case("run-mounts", "FROM base\nRUN --mount=type=cache,target=/c --mount=type=tmpfs,target=/t --mount=type=bind,source=dir,target=/b echo $(ls /b) > /seen && touch /c/x /t/y\n", syntax=True),
-    case("run-secret", "FROM base\nRUN --mount=type=secret,id=s cat /run/secrets/s | wc -c > /size\n", {**TREE, "secret": "12345"}, flags=["--secret", "id=s,src=context/secret"], syntax=True),
+    case(
+        "run-mounts",
+        "FROM base\nRUN --mount=type=cache,target=/c --mount=type=tmpfs,target=/t --mount=type=bind,source=dir,target=/b echo $(ls /b) > /seen && touch /c/x /t/y\n",
+        differences=dict.fromkeys(["/b", "/c", "/t"], "this Docker leaves the directories it mounted on; later ones remove them"),
+    ),
+    case(
+        "run-secret",
+        "FROM base\nRUN --mount=type=secret,id=s cat /run/secrets/s | wc -c > /size\n",
+        {**TREE, "secret": "12345"},
+        flags=["--secret", "id=s,src=context/secret"],
+        differences=dict.fromkeys(["/run", "/run/secrets"], "this Docker leaves the directories it mounted on; later ones remove them"),
+    ),
     case("heredoc-run", "FROM base\nRUN <<EOF\necho one > /1\necho $HOME > /2\nEOF\nRUN cat <<A <<-B > /3\na $PATH\nA\n\tb\nB\n", golden={"/1": "one\n", "/2": "/root\n", "/3": "b\n"}),
     case("heredoc-copy", "FROM base\nENV X=val\nCOPY <<one <<'two' /h/\n$X\none\n$X\ntwo\n", golden={"/h/one": "val\n", "/h/two": "$X\n"}),
     case("copy-exclude", "FROM base\nCOPY --exclude=*.txt --exclude=sub dir /e\n", golden={"/e/link": "-> c.txt", "/e/empty": "/"}),
     case("expansion-patterns", "FROM base\nENV F=a/b.tar.gz\nLABEL p=${F#*/} q=${F%%.*} r=${F/a/x}\n", golden={}, labels={"p": "b.tar.gz", "q": "a/b", "r": "x/b.tar.gz"}),
+    case(
+        "debian",
+        "FROM scratch\nADD debian.tar /\nRUN rm -rf /usr/share/doc /usr/share/locale && mv /etc/skel /etc/moved && chown -R 33:33 /srv /opt\n"
+        "RUN find / -xdev -perm -4000 | sort > /set-id && ln /bin/sh /bin/linked && perl -e 'print qq(perl\\n)' > /perl\n",
+        {},
+        setup="mmdebstrap --quiet --variant=essential --mode=root bookworm debian.tar",
+    ),
 ]

@@ -1,19 +1,22 @@
 #!/usr/bin/env python3
-"""Builds every case with agentkernel and with Docker, and compares what comes out, entry by entry and key by key.
+"""Builds every case with agentkernel and with Docker, and compares what comes out, entry by entry and key by key. Then
+carries images from each to the other and to skopeo, and runs them there.
 
     tests/differential/differential.py            all of them; as root, because Docker's daemon needs it
     tests/differential/differential.py copy env   those whose names contain one of the words
 
 The program is the build's own (debug). Docker's daemon is one of our own, as in bench/bench.py. Exits with 1 if anything
-differs that `cases.py` does not justify.
+differs that `cases.py` does not justify, if a justification is out of date, or docs/dockerfile.md does not list them.
 """
 
+import contextlib
 import gzip
 import hashlib
 import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -21,9 +24,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "bench"), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT / "bench")]
 
-from bench import BUSYBOX, Docker, fail, run, target_directory  # noqa: E402
+from docker import BUSYBOX, Docker, adopt_orphans, fail, run, target_directory  # noqa: E402
 from cases import CASES  # noqa: E402
 
 KEYS = ["Env", "Cmd", "Entrypoint", "WorkingDir", "User", "ExposedPorts", "Volumes", "Labels", "StopSignal"]
@@ -39,7 +42,7 @@ class Daemon(Docker):
 
     def build(self, tag, dockerfile, context, flags):
         environment = {**os.environ, "DOCKER_BUILDKIT": "1"}
-        words = self.command("build", "-q", "-t", tag, "-f", str(dockerfile), *flags, str(context))
+        words = self.command("build", "-q", "--network", "none", "-t", tag, "-f", str(dockerfile), *flags, str(context))
         done = subprocess.run(words, capture_output=True, stdin=subprocess.DEVNULL, env=environment, timeout=300)
         return None if done.returncode == 0 else done.stderr.decode(errors="replace")[-1500:]
 
@@ -68,8 +71,8 @@ def base_image(directory):
         capability = bytes([1, 0, 0, 2, 0, 0x20, 0, 0]) + bytes(12)
         text = capability.decode("latin-1").encode("utf-8", "surrogateescape").decode("utf-8")
         add("capable", content=b"x", mode=0o755, xattrs={"security.capability": text})
-        add("one", content=b"one")
-        add("two", tarfile.LNKTYPE, link="one")
+        add("linked", content=b"one")
+        add("linked2", tarfile.LNKTYPE, link="linked")
     layer = layer.getvalue()
     config = {
         "architecture": "amd64",
@@ -169,14 +172,15 @@ def settings(config):
     return {key: value for key, value in said.items() if value}
 
 
-def compare(ours, theirs, allowed):
-    """Lines about what differs."""
-    lines = []
+def compare(ours, theirs, justified):
+    """Lines about what differs, or does no longer."""
+    different = {}
     for what, left, right in (("", ours[0], theirs[0]), ("config ", settings(ours[1]), settings(theirs[1]))):
         for name in sorted({*left, *right}):
-            if left.get(name) != right.get(name) and f"{what}{name}" not in allowed:
-                lines.append(f"{what}{name}: {shown(left.get(name))}, Docker: {shown(right.get(name))}")
-    return lines
+            if left.get(name) != right.get(name):
+                different[f"{what}{name}"] = f"{shown(left.get(name))}, Docker: {shown(right.get(name))}"
+    lines = [f"{name}: {how}" for name, how in different.items() if name not in justified]
+    return lines + [f"{name} is the same: its justification is out of date" for name in justified if name not in different]
 
 
 def shown(entry):
@@ -225,6 +229,12 @@ class Agentkernel:
         words = [str(word) for word in (self.program, *words)]
         return subprocess.run(words, capture_output=True, env=self.environment, stdin=subprocess.DEVNULL, cwd=cwd, timeout=400)
 
+    def must(self, *words):
+        done = self.call(*words)
+        if done.returncode != 0:
+            fail(f"agentkernel {' '.join(map(str, words))}: {done.stderr.decode(errors='replace')}")
+        return done.stdout
+
     def build(self, tag, dockerfile, context, flags, cwd):
         done = self.call("build", "-q", "-t", tag, "-f", dockerfile, *flags, context, cwd=cwd)
         return None if done.returncode == 0 else done.stderr.decode(errors="replace")[-1500:]
@@ -262,6 +272,55 @@ def one(case, agentkernel, docker, scratch):
     return results
 
 
+TRAVELLER = """FROM base
+ENV WHO=me
+RUN echo "built for $WHO" > /said && mkdir -p /gone/x && chown app /said && chmod 640 /said
+RUN rm -r /gone
+USER app
+WORKDIR /home/app
+ENTRYPOINT ["/bin/sh", "-c", "id -u; pwd; echo $WHO $0; cat /said; ls -d /gone || echo gone"]
+CMD ["argument"]
+"""
+SAID = "1000\n/home/app\nme argument\nbuilt for me\ngone\n"
+
+
+def interchange(agentkernel, docker, scratch):
+    """An image of each, read by the others: what it holds, and what it says when it is run."""
+    directory = Path(tempfile.mkdtemp(dir=scratch))
+    context = directory / "context"
+    context.mkdir()
+    dockerfile = directory / "Dockerfile"
+    dockerfile.write_text(TRAVELLER)
+    for problem in (agentkernel.build("ours", dockerfile, context, [], directory), docker.build("theirs", dockerfile, context, [])):
+        yield "the traveller is built", problem, None
+    ours, theirs, again = directory / "ours.tar", directory / "theirs.tar", directory / "again.tar"
+    agentkernel.must("images", "save", "ours", "-o", ours)
+    run(docker.command("save", "theirs", "-o", str(theirs)))
+
+    run(docker.command("load", "-i", str(ours)))
+    yield "ours, run by Docker", run(docker.command("run", "--rm", "--network", "none", "ours")).decode(), SAID
+    agentkernel.must("images", "load", theirs)
+    yield "Docker's, run by agentkernel", agentkernel.must("run", "--image", "theirs").decode(), SAID
+
+    store = scratch / "state/images"
+    inspected = json.loads(run(["skopeo", "inspect", "--config", f"oci:{store}:docker.io/library/ours:latest"]))
+    yield "our store, inspected by skopeo", inspected["config"]["Entrypoint"][0], "/bin/sh"
+    run(["skopeo", "copy", "--quiet", f"oci:{store}:docker.io/library/ours:latest", f"docker-archive:{again}:ours:latest"])
+    yield "our store, copied by skopeo", "; ".join(compare(flatten(again), flatten(ours), {})), ""
+    run(["skopeo", "copy", "--quiet", f"docker-archive:{theirs}", f"oci:{directory / 'layout'}:carried"])
+    agentkernel.must("images", "load", directory / "layout", "--tag", "carried")
+    yield "a layout of skopeo's, run by agentkernel", agentkernel.must("run", "--image", "carried").decode(), SAID
+    agentkernel.must("images", "prune")
+    run(["skopeo", "copy", "--quiet", f"oci:{store}:docker.io/library/theirs:latest", f"oci:{directory / 'pruned'}"])
+
+
+def check_documents(cases):
+    """Differences that docs/dockerfile.md does not have, word for word."""
+    text = (ROOT / "docs/dockerfile.md").read_text()
+    lines = [f"| {case['name']} | `{what}` | {why} |" for case in cases for what, why in case.get("differences", {}).items()]
+    return [f"docs/dockerfile.md lacks: {line}" for line in lines if line not in text]
+
+
 def main():
     wanted = sys.argv[1:]
     cases = [case for case in CASES if not wanted or any(word in case["name"] for word in wanted)]
@@ -271,28 +330,37 @@ def main():
     program = target / "debug/agentkernel"
     if not program.exists():
         fail("build first: cargo build --locked -p agentkernel")
-    scratch = Path(tempfile.mkdtemp(prefix="differential.", dir=target))
+    adopt_orphans()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = []
-    try:
+
+    def report(name, result, problems):
+        print(f"{name:28} {'differs' if problems else result}", flush=True)
+        for line in problems:
+            print(f"    {line}", flush=True)
+        failed.extend([name] if problems else [])
+
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="differential.", dir=target)))
         agentkernel = Agentkernel(program, scratch / "state")
         (scratch / "state").mkdir(mode=0o700)
         archive = base_image(scratch)
-        done = agentkernel.call("images", "load", archive)
-        if done.returncode:
-            fail(done.stderr.decode())
-        with Daemon() as docker:
-            run(docker.command("load", "-i", str(archive)))
-            print(f"{len(cases)} cases, Docker {docker.version()}", flush=True)
-            for case in cases:
-                differences = one(case, agentkernel, docker, scratch)
-                result = "differs" if differences else ("as the reference has it" if "golden" in case else "same")
-                print(f"{case['name']:28} {result}", flush=True)
-                for line in differences:
-                    print(f"    {line}", flush=True)
-                failed += [case["name"]] if differences else []
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    print(f"{len(cases) - len(failed)} of {len(cases)} cases are the same" + (f"; not: {', '.join(failed)}" if failed else ""))
+        agentkernel.must("images", "load", archive)
+        docker = stack.enter_context(Daemon())
+        run(docker.command("load", "-i", str(archive)))
+        print(f"{len(cases)} cases, Docker {docker.version()}, BuildKit", flush=True)
+        for case in cases:
+            result = "as the reference has it" if "golden" in case else "same"
+            if justified := case.get("differences"):
+                result = f"same but for {', '.join(justified)}"
+            report(case["name"], result, one(case, agentkernel, docker, scratch))
+        if not wanted:
+            for name, found, expected in interchange(agentkernel, docker, scratch):
+                report(name, "same", [] if found == expected else [f"{found!r}, should be {expected!r}"])
+            report("documents", "complete", check_documents(cases))
+        if not wanted:
+            report("sandboxes", "none left", [str(path) for path in (scratch / "state/sandboxes").glob("*")])
+    print(f"{len(failed)} differ" + (f": {', '.join(failed)}" if failed else ""))
     return bool(failed)
 
 

@@ -6,6 +6,9 @@ use std::collections::BTreeMap;
 use agentkernel_image::Digest;
 use serde::{Deserialize, Deserializer, Serialize};
 
+/// Where programs are looked for if nothing says so.
+pub(crate) const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
 /// A whole configuration document.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -137,7 +140,12 @@ impl Configuration {
     /// Of an image without anything: `FROM scratch`.
     pub fn scratch() -> Self {
         let layers = Layers { kind: "layers".into(), diff_ids: Vec::new() };
-        Self { architecture: "amd64".into(), os: "linux".into(), rootfs: layers, ..Self::default() }
+        let config = Process {
+            env: vec![format!("PATH={DEFAULT_PATH}")],
+            working_dir: "/".into(),
+            ..Process::default()
+        };
+        Self { architecture: "amd64".into(), os: "linux".into(), config, rootfs: layers, ..Self::default() }
     }
 }
 

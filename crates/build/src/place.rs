@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io::{Read, Write};
 
-use agentkernel_image::{FileSystem, LayerItem, LayerWriter, Metadata, NodeKind, ResolveError};
+use agentkernel_image::{FileSystem, LayerItem, LayerWriter, Metadata, NodeKind, ResolveError, Resolved};
 
 use crate::executor::Failure;
 use crate::source::{Item, Selection, Tree, join};
@@ -85,15 +85,7 @@ impl<'s> Plan<'s> {
                 if is_directory == Some(false) {
                     return Err(Failure::new(format!("cannot copy a directory over the file {destination}")));
                 }
-                self.tree(
-                    system,
-                    selection,
-                    number,
-                    &resolved.path,
-                    is_directory.is_none(),
-                    ownership,
-                    time,
-                )?;
+                self.tree(system, selection, number, &resolved.path, ownership, time)?;
             } else if into {
                 if is_directory == Some(false) {
                     return Err(Failure::new(format!("{destination} is a file, not a directory")));
@@ -134,46 +126,45 @@ impl<'s> Plan<'s> {
         selection: &'s Selection,
         number: usize,
         target: &[u8],
-        is_new: bool,
         ownership: Ownership,
         time: i64,
     ) -> Result<(), Failure> {
         let owner = ownership.owner.unwrap_or((0, 0));
         self.parents(system, &[target, b"/x"].concat(), owner, time)?;
+        // Directories that are not there yet, or not as directories: by their path in what is copied.
+        let mut new: HashMap<&[u8], Vec<u8>> = HashMap::new();
         for item in &selection.items {
+            // The destination takes after what it is a copy of in nothing: Docker's builder makes it first.
             if item.path.is_empty() {
-                // The destination takes after the directory that it is a copy of only if it was not there before.
-                if is_new && !target.is_empty() && !selection.unpacked {
-                    self.put(target.to_vec(), item, number, ownership);
-                }
                 continue;
             }
-            let path = join(target, &item.path);
-            let existing = system.resolve(&path, false).map_err(|error| nowhere(&path, error))?;
-            let is_directory = item.kind == NodeKind::Directory;
-            let (path, there) = match existing.node {
-                // An archive is unpacked as tar does it: through a link to a directory.
-                Some(node) if selection.unpacked && is_directory && !system.is_directory(node) => {
-                    let followed = system.resolve(&path, true).map_err(|error| nowhere(&path, error))?;
-                    let there = followed.node.map(|node| system.is_directory(node));
-                    (followed.path, there)
-                }
-                node => (existing.path, node.map(|node| system.is_directory(node))),
+            let (parent, name) = match item.path.iter().rposition(|byte| *byte == b'/') {
+                Some(slash) => (&item.path[..slash], &item.path[slash + 1..]),
+                None => (&b""[..], &item.path[..]),
             };
+            let is_directory = item.kind == NodeKind::Directory;
+            let (path, there) = if let Some(parent) = new.get(parent) {
+                (join(parent, name), None)
+            } else {
+                let path = join(target, &item.path);
+                let Resolved { path, node } =
+                    system.resolve(&path, false).map_err(|error| nowhere(&path, error))?;
+                (path, node.map(|node| system.is_directory(node)))
+            };
+            // What an archive holds replaces what is of another kind; what is copied does not.
             match there {
-                Some(true) if !is_directory => {
-                    return Err(Failure::new(format!(
-                        "cannot copy a file over the directory /{}",
-                        shown(&path)
-                    )));
+                Some(true) if !is_directory && !selection.unpacked => {
+                    let path = shown(&path);
+                    return Err(Failure::new(format!("cannot copy a file over the directory /{path}")));
                 }
-                Some(false) if is_directory => {
-                    return Err(Failure::new(format!(
-                        "cannot copy a directory over the file /{}",
-                        shown(&path)
-                    )));
+                Some(false) if is_directory && !selection.unpacked => {
+                    let path = shown(&path);
+                    return Err(Failure::new(format!("cannot copy a directory over the file /{path}")));
                 }
                 _ => {}
+            }
+            if is_directory && there != Some(true) {
+                new.insert(&item.path, path.clone());
             }
             self.parents(system, &path, owner, time)?;
             self.put(path, item, number, ownership);
@@ -204,8 +195,10 @@ impl<'s> Plan<'s> {
     ) -> Result<(), Failure> {
         let slashes = path.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(index, _)| index);
         for parent in slashes.map(|slash| &path[..slash]).filter(|parent| !parent.is_empty()) {
-            if self.entries.contains_key(parent) {
-                continue;
+            match self.entries.get(parent).map(|entry| &entry.kind) {
+                None => {}
+                Some(NodeKind::Directory) => continue,
+                Some(_) => return Err(Failure::new(format!("/{} is not a directory", shown(parent)))),
             }
             let resolved = system.resolve(parent, false).map_err(|error| nowhere(parent, error))?;
             let metadata = match resolved.node {

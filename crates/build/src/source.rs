@@ -150,6 +150,7 @@ impl Context {
                 let target = target.map_err(|error| self.failed(path, error))?;
                 (NodeKind::Symlink(target.into_bytes()), Data::None)
             }
+            FileType::Fifo => (NodeKind::Fifo, Data::None),
             FileType::Socket => return Ok(None),
             _ => {
                 let shown = self.path.join(path);

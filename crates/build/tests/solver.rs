@@ -240,12 +240,12 @@ fn files_go_where_docker_puts_them() {
         &[
             ("/a.txt", "640 0:0 a"),
             ("/bin", "777 0:0 -> usr/bin"),
-            ("/copy", "755 3:4 /"),
-            ("/copy/bin", "700 3:4 /"),
+            ("/copy", "755 0:0 /"),
+            ("/copy/bin", "755 3:4 /"),
             ("/copy/bin/c", "600 3:4 c"),
             ("/one", "600 3:4 c"),
             ("/usr", "755 3:4 /"),
-            ("/usr/bin", "700 3:4 /"),
+            ("/usr/bin", "755 3:4 /"),
             ("/usr/bin/a.txt", "640 0:0 a"),
             ("/usr/bin/c", "600 3:4 c"),
         ],
@@ -265,8 +265,8 @@ fn mistakes_are_told_with_their_place() {
     fixture.write("d/c", "c", 0o644);
     rustix::fs::mknodat(
         rustix::fs::CWD,
-        fixture.directory.path().join("context/fifo"),
-        rustix::fs::FileType::Fifo,
+        fixture.directory.path().join("context/socket"),
+        rustix::fs::FileType::Socket,
         rustix::fs::Mode::from_raw_mode(0o644),
         0,
     )
@@ -280,7 +280,7 @@ fn mistakes_are_told_with_their_place() {
             "Dockerfile:2:1: /x is to take several files, so it has to be a directory",
         ),
         ("FROM scratch\nCOPY a /x\nCOPY d /x", "Dockerfile:3:1: cannot copy a directory over the file /x"),
-        ("FROM scratch\nCOPY fifo /x", "is neither a file, a directory nor a symbolic link"),
+        ("FROM scratch\nCOPY socket /x", "`socket` is a socket, which no image holds"),
         ("FROM scratch\nCOPY --from=gone / /", "Dockerfile:2:13: Image 'gone' not found"),
         (
             "FROM scratch\nCOPY --from=later / /\nFROM scratch AS later\nFROM scratch\nCOPY --from=0 / /",
@@ -391,11 +391,11 @@ fn arguments_and_the_environment_reach_where_they_should() {
     let wanted = [("A", "m-g"), ("B", "$A"), ("C", "m-g"), ("GIVEN", "g"), ("META", "m"), ("OWN", "o")];
     assert_eq!(wanted.map(|(name, _)| (name, first[name])), wanted);
     assert!(first["PATH"].contains("/bin"));
-    // Arguments end with their stage, the environment does not.
-    assert_eq!((environment(1).get("OWN"), environment(1)["A"]), (None, "m-g"));
+    // Both go on in a stage that begins with this one.
+    assert_eq!((environment(1)["OWN"], environment(1)["A"]), ("o", "m-g"));
     assert_eq!(steps[2].arguments, ["/bin/x", "-y", "third"]);
     assert_eq!(made.configuration.config.labels["arch"], "amd64");
-    assert_eq!(made.configuration.config.env, ["A=m-g", "B=$A", "C=m-g"]);
+    assert_eq!(made.configuration.config.env[1..], ["A=m-g", "B=$A", "C=m-g"]);
 }
 
 #[test]
@@ -428,10 +428,7 @@ fn the_configuration_says_what_was_asked_for() {
 
     let (made, _) = fixture.try_build("child", "FROM base\nENTRYPOINT other").unwrap();
     let config = &made.configuration.config;
-    assert_eq!(
-        (made.files["/f"].as_str(), config.env.as_slice()),
-        ("644 0:0 f", ["X=y".to_owned()].as_slice())
-    );
+    assert_eq!((made.files["/f"].as_str(), &config.env[1..]), ("644 0:0 f", ["X=y".to_owned()].as_slice()));
     assert_eq!((config.cmd.as_ref(), config.on_build.len()), (None, 0));
 
     // Twice the same, byte for byte, with nothing taken from the cache.

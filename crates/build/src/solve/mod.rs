@@ -43,8 +43,6 @@ const PREDEFINED: [&str; 10] = [
     "ALL_PROXY",
     "all_proxy",
 ];
-/// What every step's environment has if nothing sets it.
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Time that layers bear where `SOURCE_DATE_EPOCH` says another.
 const EPOCH: &str = "SOURCE_DATE_EPOCH";
 
@@ -194,8 +192,8 @@ struct State<M> {
     /// How many of them end with the last RUN, or the base image: the part that is worth a root file system of its own.
     settled: usize,
     key: Key,
-    /// Arguments that were declared.
-    arguments: Vec<(String, Option<String>)>,
+    /// Arguments that have a value and that no later ENV sets. Stages that begin with this one have them as well.
+    arguments: Vec<(String, String)>,
     files: Option<FileSystem>,
     machine: Option<run::Running<M>>,
 }
@@ -223,7 +221,7 @@ impl<M> State<M> {
             base: self.base,
             settled: self.settled,
             key: self.key,
-            arguments: Vec::new(),
+            arguments: self.arguments.clone(),
             files: None,
             machine: None,
         }
@@ -233,10 +231,10 @@ impl<M> State<M> {
         &mut self.configuration.config
     }
 
-    /// A variable of the stage: ENV before ARG.
+    /// A variable of the stage: of ENV and ARG the one that came last.
     fn variable(&self, name: &str) -> Option<String> {
-        let argument = || self.arguments.iter().rev().find(|(key, _)| key == name)?.1.clone();
-        self.configuration.config.get(name).map(str::to_owned).or_else(argument)
+        let argument = self.arguments.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str());
+        argument.or_else(|| self.configuration.config.get(name)).map(str::to_owned)
     }
 
     /// The root file system as it is now.
@@ -552,7 +550,10 @@ impl<E: Executor> Solver<'_, E> {
                     let given = self.options.arguments.get(&name).cloned();
                     let value = given.or(default).or_else(meta).or_else(|| platform_argument(&name));
                     self.consumed.insert(name.clone());
-                    state.arguments.push((name, value));
+                    if let Some(value) = value {
+                        state.arguments.retain(|(other, _)| *other != name);
+                        state.arguments.push((name, value));
+                    }
                 }
             }
             Kind::Env(pairs) => {
@@ -562,6 +563,7 @@ impl<E: Executor> Solver<'_, E> {
                     assignments.push((self.expand(state, name)?, self.expand(state, value)?));
                 }
                 for (name, value) in assignments {
+                    state.arguments.retain(|(other, _)| *other != name);
                     state.process().set(&name, &value);
                 }
             }

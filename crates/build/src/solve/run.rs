@@ -6,11 +6,9 @@ use std::io;
 
 use agentkernel_image::{LayerItem, LayerReader, LayerWriter, Metadata, NodeKind};
 
-use super::{
-    Build, BuildError, DEFAULT_PATH, Event, Executor, Failure, Layer, Machine, PREDEFINED, Solver, State,
-    shell,
-};
+use super::{Build, BuildError, Event, Executor, Failure, Layer, Machine, PREDEFINED, Solver, State, shell};
 use crate::cache::{Key, Record};
+use crate::configuration::DEFAULT_PATH;
 use crate::dockerfile::{Command, Instruction, Mount, MountKind, Run, Word};
 use crate::executor::{LayerSource, LayerTarget, Step, StepMount, StepSource};
 use crate::ignore::IgnoreFile;
@@ -429,19 +427,12 @@ fn command<M>(state: &State<M>, run: &Run) -> (Vec<String>, Option<String>) {
     }
 }
 
-/// Variables of a step: arguments, over them the environment.
+/// Variables of a step, as [`State::variable`] has them.
 fn environment<M>(state: &State<M>) -> Vec<(String, String)> {
-    let mut variables: BTreeMap<String, String> = BTreeMap::new();
-    for (name, value) in &state.arguments {
-        if let Some(value) = value {
-            variables.insert(name.clone(), value.clone());
-        }
-    }
-    for pair in &state.configuration.config.env {
-        if let Some((name, value)) = pair.split_once('=') {
-            variables.insert(name.to_owned(), value.to_owned());
-        }
-    }
+    let set = state.configuration.config.env.iter().filter_map(|pair| pair.split_once('='));
+    let mut variables: BTreeMap<String, String> =
+        set.map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+    variables.extend(state.arguments.iter().cloned());
     variables.entry("PATH".into()).or_insert_with(|| DEFAULT_PATH.into());
     variables.into_iter().collect()
 }

@@ -98,8 +98,8 @@ pub(crate) struct RunArguments {
     /// Say nothing but errors on stderr.
     #[arg(short, long)]
     pub quiet: bool,
-    /// The command and its arguments.
-    #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
+    /// The command and its arguments; without one, what the image runs by itself.
+    #[arg(required_unless_present = "image", trailing_var_arg = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
 }
 

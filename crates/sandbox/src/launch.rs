@@ -252,6 +252,7 @@ fn host(request: &Request) -> Result<(Image, Defaults), Problem> {
     ];
     let defaults = Defaults {
         entrypoint: Vec::new(),
+        arguments: Vec::new(),
         environment: environment.iter().map(|(name, value)| (Text::from(*name), Text::from(value))).collect(),
         directory: workspace_directory(request).unwrap_or_else(|| user.home.clone()),
         user: format!("{}:{}", user.uid, user.gid),
@@ -276,6 +277,7 @@ fn oci(
     let directory = directory.map(PathBuf::from).or_else(|| workspace_directory(request));
     let defaults = Defaults {
         entrypoint: config.entrypoint.iter().map(Text::from).collect(),
+        arguments: config.cmd.iter().map(Text::from).collect(),
         environment,
         directory: directory.unwrap_or_else(|| PathBuf::from("/")),
         user: config.user.clone().unwrap_or_default(),

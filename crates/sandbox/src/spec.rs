@@ -64,6 +64,9 @@ pub struct Spec {
 pub struct Defaults {
     /// Words before those of `run`'s own: the image's ENTRYPOINT.
     pub entrypoint: Vec<Text>,
+    /// What follows those if `run` has none of its own: the image's CMD.
+    #[serde(default)]
+    pub arguments: Vec<Text>,
     /// Environment.
     pub environment: Vec<(Text, Text)>,
     /// Working directory.

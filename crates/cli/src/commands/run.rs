@@ -32,9 +32,20 @@ pub(super) fn run(arguments: &RunArguments) -> Result<u8, Problem> {
             Some(hint),
         ));
     }
-    let mut words: Vec<OsString> =
-        launch.spec.defaults.entrypoint.iter().map(|word| word.0.clone()).collect();
+    let defaults = &launch.spec.defaults;
+    let mut words: Vec<OsString> = defaults.entrypoint.iter().map(|word| word.0.clone()).collect();
+    if arguments.command.is_empty() {
+        words.extend(defaults.arguments.iter().map(|word| word.0.clone()));
+    }
     words.extend(arguments.command.iter().cloned());
+    if words.is_empty() {
+        let hint = "name one: agentkernel run --image IMAGE -- COMMAND";
+        return Err(plain(
+            "usage",
+            "the image has neither ENTRYPOINT nor CMD, so it needs a command",
+            Some(hint),
+        ));
+    }
     let exec = exec_of(&launch.spec.defaults, &words, Vec::new(), &arguments.how);
     let code = block_on(in_sandbox(arguments, &home, &launch, exec))?;
     // What was still dying when this command began, is dead by now.

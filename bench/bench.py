@@ -16,6 +16,7 @@ import contextlib
 import datetime
 import fcntl
 import hashlib
+import io
 import json
 import os
 import platform
@@ -24,12 +25,14 @@ import signal
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 
 from docker import BUSYBOX, LIMIT, ROOT, Docker, adopt_orphans, fail, run, target_directory
 
@@ -42,6 +45,9 @@ LISTED = 1000
 ALIVE, ALIVE_MEMORY, ALIVE_STARTING = 20, "256M", 2
 # The large workspace: directories, files in each, bytes of a file.
 DIRECTORIES, FILES, FILE_BYTES = 500, 100, 1024
+# The large image: layers, files in each, bytes of a file. The large build context: files, bytes of each.
+LAYERS, LAYER_FILES, LAYER_FILE_BYTES = 3, 1600, 64 << 10
+CONTEXT_FILES, CONTEXT_FILE_BYTES = 50, 100 << 20
 
 
 def timed(command, **options):
@@ -436,6 +442,136 @@ def section_demo(agentkernel, docker, options):
     return {"demo_again": [timed([ROOT / "scripts/demo"])]}
 
 
+def section_build(agentkernel, docker, options):
+    """images: built again, built with one file changed, ten steps of `true`; a large image unpacked, a large context"""
+    names = ("build_again", "build_changed", "build_ten")
+    raw = {name: [] for name in (*names, *(f"docker_{name}" for name in names), "flatten", "tar_extract")}
+    with tempfile.TemporaryDirectory(prefix="bench-build.", dir=agentkernel.state.parent) as directory:
+        directory = Path(directory)
+        context = directory / "context"
+        context.mkdir()
+        (context / "first").write_text("first")
+        steps = "FROM bench-base\nCOPY first /first\n" + "".join(f"RUN echo {number} > /{number}\n" for number in range(3))
+        (context / "Dockerfile").write_text(steps + "COPY last /last\n")
+        ten = directory / "ten"
+        ten.mkdir()
+        (ten / "Dockerfile").write_text("FROM bench-base\n" + "RUN true\n" * 10)
+        base = directory / "base.tar"
+        write_image(base, "bench-base", [busybox_layer()])
+        agentkernel.call("images", "load", base)
+        if docker:
+            run(docker.command("load", "-i", str(base)))
+
+        def ours(place, *flags):
+            return agentkernel.command("build", "-q", "-t", "bench-built", *flags, place)
+
+        def theirs(place, *flags):
+            return ["env", "DOCKER_BUILDKIT=1", *docker.command("build", "-q", "--network", "none", *flags, str(place))]
+
+        def both(name, place, *flags):
+            raw[name].append(timed(ours(place, *flags)))
+            if docker:
+                raw[f"docker_{name}"].append(timed(theirs(place, *flags)))
+
+        (context / "last").write_text("for the first time")
+        for command in [ours(context), *([theirs(context)] if docker else [])]:
+            run(command)
+        for number in range(options.rounds):
+            say(f"builds, {number + 1} of {options.rounds}")
+            (context / "last").write_text(str(number))
+            both("build_changed", context)
+            both("build_again", context)
+        (context / "last").write_text("and once more")
+        plain = agentkernel.command("build", "--progress", "plain", "-t", "bench-built", context)
+        done = subprocess.run(plain, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=LIMIT, check=True)
+        begun = [line for line in done.stderr.splitlines() if line.startswith("[")]
+        raw["build_changed_steps"] = sum("CACHED" not in line for line in begun if "FROM" not in line)
+        for number in range(3):
+            say(f"ten steps of true, {number + 1} of 3")
+            both("build_ten", ten, "--no-cache")
+
+        for number in range(3):
+            say(f"a large image, {number + 1} of 3")
+            layers = [large_layer(f"{number}.{index}") for index in range(LAYERS)]
+            archive = directory / "large.tar"
+            write_image(archive, f"bench-large-{number}", layers)
+            # As a user meets it: it is in the store, compressed or not, and a sandbox of it is wanted.
+            agentkernel.call("images", "load", archive)
+            unpacked = directory / "unpacked"
+            unpacked.mkdir()
+            extract = ["sh", "-c", 'for layer in "$@"; do tar -xf "$layer" -C "$0"; done', unpacked]
+            for index, layer in enumerate(layers):
+                (directory / f"layer-{index}.tar").write_bytes(layer)
+                extract.append(directory / f"layer-{index}.tar")
+            create = ["create", "large", "--no-start", "--workspace", "none", "--quiet", "--image", f"bench-large-{number}"]
+            raw["flatten"].append(timed(agentkernel.command(*create), cwd=agentkernel.project))
+            raw["tar_extract"].append(timed(extract))
+            agentkernel.call("rm", "large")
+            agentkernel.call("images", "rm", f"bench-large-{number}")
+            shutil.rmtree(unpacked)
+
+        say("a large build context")
+        large = directory / "large"
+        large.mkdir()
+        (large / "Dockerfile").write_text("FROM bench-base\nCOPY . /context\n")
+        for number in range(CONTEXT_FILES):
+            with open(large / f"{number}", "wb") as file:
+                file.truncate(CONTEXT_FILE_BYTES)
+        process = subprocess.Popen(ours(large), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        with process:
+            said = process.stderr.read()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            fail(f"a build of a large context: {said.decode(errors='replace')}")
+        raw["build_context_rss_bytes"] = usage.ru_maxrss << 10
+        for name in ("bench-built", "bench-base"):
+            agentkernel.call("images", "rm", name)
+    agentkernel.call("images", "prune")
+    return raw
+
+
+def busybox_layer():
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for name in ("bin", "tmp"):
+            info = tarfile.TarInfo(name)
+            info.type, info.mode = tarfile.DIRTYPE, 0o755
+            archive.addfile(info)
+        archive.add(BUSYBOX, "bin/busybox")
+        for name in ("sh", "true"):
+            info = tarfile.TarInfo(f"bin/{name}")
+            info.type, info.linkname = tarfile.SYMTYPE, "busybox"
+            archive.addfile(info)
+    return content.getvalue()
+
+
+def large_layer(seed):
+    """A layer of files that are all different and do not compress."""
+    content = io.BytesIO()
+    random = Random(seed)
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for number in range(LAYER_FILES):
+            info = tarfile.TarInfo(f"usr/lib/{seed}/{number % 40}/{number}")
+            info.size = LAYER_FILE_BYTES
+            archive.addfile(info, io.BytesIO(random.randbytes(LAYER_FILE_BYTES)))
+    return content.getvalue()
+
+
+def write_image(path, name, layers):
+    """An archive as `docker save` writes it."""
+    diff_ids = [f"sha256:{hashlib.sha256(layer).hexdigest()}" for layer in layers]
+    config = {"architecture": "amd64", "os": "linux", "config": {}, "rootfs": {"type": "layers", "diff_ids": diff_ids}}
+    members = [("config.json", json.dumps(config).encode())]
+    members += [(f"{index}/layer.tar", layer) for index, layer in enumerate(layers)]
+    manifest = {"Config": "config.json", "RepoTags": [f"{name}:latest"], "Layers": [name for name, _ in members[1:]]}
+    with tarfile.open(path, "w") as archive:
+        for member, content in [*members, ("manifest.json", json.dumps([manifest]).encode())]:
+            info = tarfile.TarInfo(member)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
 SECTIONS = {
     name.removeprefix("section_"): section for name, section in list(globals().items()) if name.startswith("section_")
 }
@@ -479,6 +615,10 @@ def table(result):
         ("python3 -c pass, live, second", "python_second", None),
         ("the client alone, --version", "client_start", "docker_client_start"),
         (f"list, {LISTED} sandboxes", "list", None),
+        ("build, nothing changed", "build_again", "docker_build_again"),
+        ("build, last COPY changed", "build_changed", "docker_build_changed"),
+        ("build, ten RUN true", "build_ten", "docker_build_ten"),
+        ("300 MiB image: root fs / tar -x", "flatten", "tar_extract"),
         ("one after the other: create", "churn_create", None),
         ("one after the other: exec", "churn_exec", None),
         ("one after the other: rm", "churn_remove", None),
@@ -511,6 +651,8 @@ def table(result):
         yield f"{'    memory: all':32}{sum(machines) + sum(supervisors):.0f} MiB resident, " \
             f"{sum(live['proportional_bytes']) / MIB:.0f} MiB with shared pages counted once"
         yield f"{'    rm of all':32}{live['remove_all_ms'] / 1e3:.1f} s"
+    if "build_context_rss_bytes" in raw:
+        yield f"{'memory: build of a 5 GB context':32}{mib(raw['build_context_rss_bytes'])}"
     if "holdings" in raw:
         first, last = raw["holdings"][0], raw["holdings"][-1]
         said = ", ".join(f"{key.replace('_', ' ')} {first[key]} -> {last[key]}" for key in first)
@@ -582,6 +724,12 @@ def reach(raw, guest_bytes, where):
             lambda: divide(warm("git_status", "workspace"), warm("git_status", "disk"))),
         ("files", f"grep -r, warm: workspace / own disk, {where}", "<=", 1.3,
             lambda: divide(warm("grep", "workspace"), warm("grep", "disk"))),
+        ("build", f"build again, nothing changed / docker build, {where}", "<=", 0.2,
+            lambda: divide(["build_again"], ["docker_build_again"])),
+        ("build", "build with the last COPY changed: steps done again", "<=", 1, lambda: raw["build_changed_steps"]),
+        ("build", f"ten RUN true / docker build, {where}", "<=", 1, lambda: divide(["build_ten"], ["docker_build_ten"])),
+        ("build", "300 MiB image to a root file system / tar -x", "<=", 2, lambda: divide(["flatten"], ["tar_extract"])),
+        ("build", "builder's memory on a context of 5 GB, MiB", "<=", 300, lambda: raw["build_context_rss_bytes"] / MIB),
         ("demo", "make demo, again, s", "<=", 10, lambda: seconds("demo_again")),
         (None, "guest binary, MiB", "<=", 2, lambda: guest_bytes / MIB),
     ]
@@ -614,7 +762,7 @@ def main():
     parser.add_argument("--churn", type=int, default=50, help="sandboxes made, used and removed (default 50)")
     options = parser.parse_args()
     options.rounds, options.churn = max(2, options.rounds), max(1, options.churn)
-    with_docker = not options.without_docker and any(name in options.only for name in ("cold", "exec"))
+    with_docker = not options.without_docker and any(name in options.only for name in ("cold", "exec", "build"))
     if with_docker and os.geteuid() != 0:
         fail("Docker's daemon needs root: call this as root, or with --without-docker")
     for needed in (BUSYBOX, PYTHON):

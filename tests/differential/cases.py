@@ -56,7 +56,7 @@ CASES = [
     case("copy-from-stage", "FROM base AS one\nRUN mkdir -p /o/p && echo s > /o/p/s && chown -R 1000:100 /o && chmod 750 /o/p\nFROM base\nCOPY --from=one /o /o\nCOPY --from=0 /o/p/s /file\nCOPY --from=one --chown=3:4 /o/p /own\n"),
     case("copy-from-image", "FROM base\nCOPY --from=base /etc/passwd /p\nCOPY --from=base /capable /capable2\n"),
     case("copy-from-links", "FROM base AS one\nRUN ln -s /etc/passwd /abs && ln -s abs /rel && mkdir /d && ln -s ../abs /d/l\nFROM base\nCOPY --from=one /rel /followed\nCOPY --from=one /d /kept\n"),
-    case("add-tar", "FROM base\nADD t.tar /t\nADD t.tar.gz /gz/\nADD t.tar.xz /xz\nADD a.txt /plain\n", {"a.txt": "a"}, setup="mkdir -p s/d; echo x > s/d/f; chmod 640 s/d/f; ln -s f s/d/l; ln s/d/f s/d/h; tar --owner=5 --group=6 --numeric-owner -cf t.tar -C s .; gzip -k t.tar; xz -k t.tar; rm -r s"),
+    case("add-tar", "FROM base\nADD t.tar /t\nADD t.tar.gz /gz/\nADD t.tar.xz /xz\nADD t.tar.bz2 /bz2\nADD a.txt /plain\n", {"a.txt": "a"}, setup="mkdir -p s/d; echo x > s/d/f; chmod 640 s/d/f; ln -s f s/d/l; ln s/d/f s/d/h; tar --owner=5 --group=6 --numeric-owner -cf t.tar -C s .; gzip -k t.tar; xz -k t.tar; bzip2 -k t.tar; rm -r s"),
     case("add-tar-over-link", "FROM base\nADD t.tar /\n", {}, setup="mkdir -p s/lnk; echo x > s/lnk/in; tar --owner=0 --group=0 -cf t.tar -C s lnk; rm -r s"),
     case("stages-skipped", "FROM base AS no\nRUN exit 1\nFROM base AS yes\nRUN echo y > /y\nFROM yes\nRUN echo z > /z\n"),
     case("target", "FROM base AS one\nRUN echo 1 > /one\nFROM base AS two\nRUN exit 1\n", flags=["--target", "one"]),

@@ -358,7 +358,7 @@ def main():
             for name, found, expected in interchange(agentkernel, docker, scratch):
                 report(name, "same", [] if found == expected else [f"{found!r}, should be {expected!r}"])
         report("documents", "complete", check_documents(CASES))
-        report("sandboxes", "none left", [str(path) for path in (scratch / "state/sandboxes").glob("*")])
+        report("sandboxes", "none left", [str(path) for path in (scratch / "state/sandboxes").glob("[!.]*")])
     print(f"{len(failed)} differ" + (f": {', '.join(failed)}" if failed else ""))
     return bool(failed)
 

@@ -469,10 +469,9 @@ pub(crate) struct BuildArguments {
     /// Name of the image: lower-case letters, digits, - _ and dots.
     #[arg(short, long, value_name = "NAME")]
     pub tag: String,
-    /// The directory that COPY and ADD take from.
-    #[arg(default_value = ".")]
-    pub context: PathBuf,
-    /// The Dockerfile [default: Dockerfile in the context].
+    /// The directory that COPY and ADD take from [default: agentkernel.toml's, else the current one].
+    pub context: Option<PathBuf>,
+    /// The Dockerfile [default: agentkernel.toml's, else Dockerfile in the context].
     #[arg(short = 'f', long = "dockerfile", visible_alias = "file", value_name = "FILE")]
     pub dockerfile: Option<PathBuf>,
     /// Build this stage instead of the last one.

@@ -212,11 +212,8 @@ impl<E: Executor> Solver<'_, E> {
         let mut head = Vec::new();
         tree.open(item).map_err(at)?.take(512).read_to_end(&mut head).map_err(|error| at(broken(error)))?;
         let (is_xz, is_bzip2) = (head.starts_with(b"\xfd7zXZ\0"), head.starts_with(b"BZh"));
-        if is_bzip2 {
-            let hint = Some("compress it with gzip, xz or zstd; or COPY it and unpack it in a RUN");
-            return self.refuse(place, "archives compressed with bzip2 are not unpacked", hint);
-        }
-        let is_compressed = is_xz || head.starts_with(b"\x1f\x8b") || head.starts_with(b"\x28\xb5\x2f\xfd");
+        let is_compressed =
+            is_xz || is_bzip2 || head.starts_with(b"\x1f\x8b") || head.starts_with(b"\x28\xb5\x2f\xfd");
         let is_tar = head.get(257..262) == Some(b"ustar");
         if !is_compressed && !is_tar {
             return Ok(None);
@@ -225,10 +222,18 @@ impl<E: Executor> Solver<'_, E> {
         let mut whole = scratch()?;
         std::io::copy(&mut tree.open(item).map_err(at)?, &mut whole).map_err(|error| at(broken(error)))?;
         whole.seek(SeekFrom::Start(0)).map_err(|error| at(broken(error)))?;
-        let plain = if is_xz {
+        let plain = if is_xz || is_bzip2 {
             let mut target = scratch()?;
-            let mut reader = lzma_rust2::XzReader::new(whole, true).take(ARCHIVE_LIMIT);
-            std::io::copy(&mut reader, &mut target).map_err(|error| at(broken(error)))?;
+            // What the store's own decoder does not know: no layer is compressed like this.
+            let reader: Box<dyn Read> = match is_xz {
+                true => Box::new(lzma_rust2::XzReader::new(whole, true)),
+                false => Box::new(bzip2::read::MultiBzDecoder::new(whole)),
+            };
+            let length = std::io::copy(&mut reader.take(ARCHIVE_LIMIT + 1), &mut target);
+            if length.map_err(|error| at(broken(error)))? > ARCHIVE_LIMIT {
+                let message = format!("the archive holds more than {} GiB", ARCHIVE_LIMIT >> 30);
+                return Err(at(Failure::new(message)));
+            }
             target
         } else {
             let target = scratch()?;

@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use agentkernel_sandbox::build::{BuildRequest, Engine, Event, ImageBuilder, Options};
+use agentkernel_sandbox::configuration::BuildDefaults;
+use agentkernel_sandbox::project::CONFIGURATION_FILE;
 use agentkernel_sandbox::{Problem, io, plain};
 
-use super::images;
+use super::{images, launch};
 use crate::arguments::{BuildArguments, BuildEngine, BuildProgress};
 use crate::{environment, ui};
 
@@ -28,20 +30,26 @@ pub(super) fn build(arguments: &BuildArguments) -> Result<u8, Problem> {
     if let Some(vcpus) = arguments.vcpus {
         builder.resources.vcpus = vcpus;
     }
+    let defaults = Defaults::of(arguments)?;
     let request = BuildRequest {
         name: arguments.tag.clone(),
-        context: arguments.context.clone(),
-        dockerfile: arguments.dockerfile.clone(),
+        context: arguments.context.clone().or(defaults.context).unwrap_or_else(|| ".".into()),
+        dockerfile: arguments.dockerfile.clone().or(defaults.dockerfile),
         engine: match arguments.engine {
             BuildEngine::Native => Engine::Native,
             BuildEngine::Docker => Engine::Docker,
         },
         options: Options {
-            target: arguments.target.clone(),
-            arguments: build_arguments(&arguments.build_arg)?,
+            target: arguments.target.clone().or(defaults.build.target),
+            arguments: defaults
+                .build
+                .arguments
+                .into_iter()
+                .chain(build_arguments(&arguments.build_arg)?)
+                .collect(),
             labels: arguments.label.iter().cloned().collect(),
             secrets: arguments.secret.iter().map(|text| secret(text)).collect::<Result<_, _>>()?,
-            no_cache: arguments.no_cache,
+            no_cache: arguments.no_cache || defaults.build.no_cache,
         },
     };
     let brief = arguments.progress == BuildProgress::Auto && std::io::stderr().is_terminal();
@@ -62,6 +70,42 @@ pub(super) fn build(arguments: &BuildArguments) -> Result<u8, Problem> {
         }
     }
     Ok(0)
+}
+
+/// What the configuration of the directory that is built says.
+struct Defaults {
+    build: BuildDefaults,
+    context: Option<PathBuf>,
+    dockerfile: Option<PathBuf>,
+}
+
+impl Defaults {
+    fn of(arguments: &BuildArguments) -> Result<Self, Problem> {
+        let current = environment::current_directory()?;
+        let place = match &arguments.context {
+            Some(context) => current.join(context),
+            None => current,
+        };
+        // A context that is not there is the builder's to complain about.
+        let place = place.canonicalize().unwrap_or(place);
+        let (configuration, directory) = launch::configuration(None, &place, &environment::user()?.home)?;
+        let build = configuration.build;
+        let beneath =
+            |path: &Option<PathBuf>| path.as_deref().map(|path| inside(&directory, path)).transpose();
+        Ok(Self { context: beneath(&build.context)?, dockerfile: beneath(&build.dockerfile)?, build })
+    }
+}
+
+/// A path that a project names, which may be a stranger's: its links must not lead out of the project.
+fn inside(directory: &Path, path: &Path) -> Result<PathBuf, Problem> {
+    let real = |path: &Path| path.canonicalize().map_err(io(format!("find {}", path.display())));
+    let whole = directory.join(path);
+    if real(&whole)?.starts_with(real(directory)?) {
+        return Ok(whole);
+    }
+    let message =
+        format!("{CONFIGURATION_FILE} names {}, which leads out of {}", path.display(), directory.display());
+    Err(plain("configuration", message, Some("name it with a flag if that is meant")))
 }
 
 /// Shows what happens: on a terminal the running step and its last line, elsewhere everything.

@@ -117,7 +117,8 @@ pub(super) fn settle(home: &Home, arguments: &SandboxArguments, quiet: bool) -> 
 }
 
 /// The configuration that holds in `current`, and the directory it lies in: the one named, or the project's.
-fn configuration(
+/// The configuration that counts in `current`, and the directory its paths are relative to.
+pub(super) fn configuration(
     named: Option<&Path>,
     current: &Path,
     home: &Path,

@@ -6,7 +6,8 @@ use std::process::Command;
 
 use rustix::process::Signal;
 
-use crate::host::{Host, Running, finish, signal};
+use crate::host::{Host, Running, finish, is_root, set_mode, signal};
+use crate::living_faults::Mounted;
 
 /// A context with an archive of a small root file system, and its image called `base`.
 fn base(host: &Host) {
@@ -223,4 +224,76 @@ fn a_build_that_fails_leaves_the_former_image_and_nothing_else() {
     said.expect(1);
     assert!(said.stderr.contains("broken.json") && said.stderr.contains("hint:"), "{}", said.stderr);
     assert!(Path::new(&host.state().join("image-metadata/tools.json")).exists());
+}
+
+/// No machine is needed for any of this.
+#[test]
+fn a_project_says_how_it_is_built_and_what_cannot_be_built_is_named() {
+    let host = Host::new();
+    let configuration = "[build]\ndockerfile = 'docker/Dockerfile'\ncontext = 'sources'\ntarget = 'one'\n\
+                         args = { WHO = 'file', OTHER = 'file' }\n";
+    host.write("agentkernel.toml", configuration);
+    fs::create_dir_all(host.project().join("sources")).unwrap();
+    host.write("sources/f", "content");
+    fs::create_dir_all(host.project().join("docker")).unwrap();
+    host.write(
+        "docker/Dockerfile",
+        "FROM scratch AS one\nARG WHO OTHER\nCOPY f /\nLABEL who=$WHO other=$OTHER\nFROM nowhere\n",
+    );
+    host.agentkernel(&["build", "-t", "tools", "--build-arg", "WHO=flag"]).expect(0);
+    let labels = || -> serde_json::Value {
+        let record = fs::read_to_string(host.state().join("image-metadata/tools.json")).unwrap();
+        serde_json::from_str::<serde_json::Value>(&record).unwrap()["labels"].clone()
+    };
+    assert_eq!((&labels()["who"], &labels()["other"]), (&"flag".into(), &"file".into()));
+
+    // A stranger's project does not get at what lies beside it.
+    std::os::unix::fs::symlink("/etc", host.project().join("out")).unwrap();
+    host.write("agentkernel.toml", "[build]\ncontext = 'out'\n");
+    let said = host.agentkernel(&["build", "-t", "tools"]);
+    said.expect(1);
+    assert!(said.stderr.contains("agentkernel.toml names out, which leads out of"), "{}", said.stderr);
+    fs::remove_file(host.project().join("agentkernel.toml")).unwrap();
+
+    let secret = host.project().join("sources/secret");
+    fs::write(&secret, "x").unwrap();
+    set_mode(&secret, 0);
+    host.write("sources/Dockerfile", "FROM scratch\nCOPY . /\n");
+    let said = host.agentkernel(&["build", "-t", "tools", "sources"]);
+    if is_root() {
+        said.expect(0);
+    } else {
+        said.expect(1);
+        assert!(said.stderr.contains("sources/secret: Permission denied"), "{}", said.stderr);
+    }
+    fs::remove_file(secret).unwrap();
+
+    // The disk is full: the former image stays, what was written does not, and a smaller one can be built.
+    if is_root() {
+        let host = Host::new();
+        let images = Mounted::tmpfs(&host.state().join("images"), "8m");
+        host.write("small", "small");
+        host.write("Dockerfile", "FROM scratch\nCOPY small /\n");
+        host.agentkernel(&["build", "-t", "tools", "."]).expect(0);
+        let before = fs::read(host.state().join("image-metadata/tools.json")).unwrap();
+        let blobs = || fs::read_dir(host.state().join("images/blobs/sha256")).unwrap().count();
+        let count = blobs();
+        let mut noise = vec![0; 16 << 20];
+        let mut state = 1_u64;
+        noise.fill_with(|| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 56) as u8
+        });
+        fs::write(host.project().join("large"), noise).unwrap();
+        host.write("Dockerfile", "FROM scratch\nCOPY large /\n");
+        let said = host.agentkernel(&["build", "-t", "tools", "."]);
+        said.expect(1);
+        assert!(said.stderr.contains("No space left"), "{}", said.stderr);
+        assert!(fs::read(host.state().join("image-metadata/tools.json")).unwrap() == before);
+        assert_eq!(blobs(), count);
+        assert_store_is_sound(&host);
+        host.write("Dockerfile", "FROM scratch\nCOPY small /again\n");
+        host.agentkernel(&["build", "-t", "tools", "."]).expect(0);
+        drop(images);
+    }
 }

@@ -224,10 +224,10 @@ fn a_state_directory_with_a_path_longer_than_a_sockets() {
 }
 
 /// A file system of its own at a directory of the host, gone with this value. Needs root.
-struct Mounted(std::path::PathBuf);
+pub(crate) struct Mounted(std::path::PathBuf);
 
 impl Mounted {
-    fn tmpfs(at: &std::path::Path, size: &str) -> Self {
+    pub(crate) fn tmpfs(at: &std::path::Path, size: &str) -> Self {
         fs::create_dir_all(at).unwrap();
         let options = format!("size={size},mode=700");
         let status = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "none"]).arg(at).status();

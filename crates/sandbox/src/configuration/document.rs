@@ -8,29 +8,21 @@ use toml_parser::lexer::TokenKind;
 
 use super::nearest::{nearest, shown};
 
-/// The tables and their keys; `[env]` has whatever keys it likes.
-pub(super) const KEYS: [(&str, &[&str]); 7] = [
-    ("", &["sandbox", "resources", "security", "network", "files", "env"]),
+/// The tables and their keys; `[env]` and `[build.args]` have whatever keys they like.
+pub(super) const KEYS: [(&str, &[&str]); 8] = [
+    ("", &["sandbox", "resources", "security", "network", "build", "files", "env"]),
     ("sandbox", &["name", "image", "base_image", "runtime", "init_script", "workspace"]),
     ("resources", &["vcpus", "memory_mb", "disk_mb"]),
     ("security", &["profile", "mount_cwd", "require_hardware", "network", "commands"]),
     ("security.commands", &["allow", "block"]),
     ("network", &["mode"]),
+    ("build", &["dockerfile", "context", "target", "args", "no_cache"]),
     ("files", &["source", "dest", "mode"]),
 ];
 
 /// Keys of later versions.
-const LATER: [&str; 9] = [
-    "agent",
-    "api",
-    "build",
-    "secrets",
-    "ssh",
-    "network.allow",
-    "network.deny",
-    "network.ports",
-    "security.domains",
-];
+const LATER: [&str; 8] =
+    ["agent", "api", "secrets", "ssh", "network.allow", "network.deny", "network.ports", "security.domains"];
 
 /// Keys of 0.18 that profiles have replaced.
 const REPLACED: [&str; 3] = ["security.mount_home", "security.pass_env", "security.read_only"];

@@ -76,6 +76,24 @@ pub struct Configuration {
     pub files: Vec<InjectedFile>,
     /// `[env]`, in the order of the file.
     pub environment: Vec<(String, String)>,
+    /// `[build]`.
+    pub build: BuildDefaults,
+}
+
+/// What `agentkernel build` of this directory takes where no flag says otherwise. The paths are relative to the
+/// configuration's directory, plain names only; as with [`InjectedFile::source`] links on their way may lead out of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BuildDefaults {
+    /// The Dockerfile.
+    pub dockerfile: Option<PathBuf>,
+    /// The build context; empty for the directory itself.
+    pub context: Option<PathBuf>,
+    /// The stage.
+    pub target: Option<String>,
+    /// Values of ARGs, in the order of the file.
+    pub arguments: Vec<(String, String)>,
+    /// Take nothing from earlier builds.
+    pub no_cache: bool,
 }
 
 /// A file of the project that every new sandbox is given.
@@ -194,6 +212,38 @@ fn read(root: Table<'_>) -> Result<Configuration, Mistake> {
         commands: CommandPolicy { allow: patterns(commands, "allow")?, block: patterns(commands, "block")? },
         files: files(root.tables("files", "files")?)?,
         environment: environment(root.table("env", "env")?)?,
+        build: build(root.table("build", "build")?)?,
+    })
+}
+
+fn build(table: Table<'_>) -> Result<BuildDefaults, Mistake> {
+    let path = |key: &str, may_be_all: bool| {
+        let Some(found) = table.string(key)? else { return Ok(None) };
+        let written = *found.get_ref();
+        if may_be_all && matches!(written, "." | "./") {
+            return Ok(Some(PathBuf::new()));
+        }
+        let path = plain_path(written.strip_suffix('/').filter(|_| may_be_all).unwrap_or(written), false);
+        path.map(Some).ok_or_else(|| {
+            let message = format!("`build.{key}` cannot be `{}`", shown(written));
+            Mistake::new(found.span().start, message)
+                .hint("name a place beneath the configuration's own directory, relative to it, without `..`")
+        })
+    };
+    let arguments = table.table("args", "build.args")?.entries()?.into_iter().map(|(name, value)| {
+        let text = *name.get_ref();
+        if text.is_empty() || text.contains(['=', '\0']) {
+            let message = format!("`{}` cannot be the name of a build argument", shown(text));
+            return Err(Mistake::new(name.span().start, message));
+        }
+        Ok((text.to_owned(), (*value.get_ref()).to_owned()))
+    });
+    Ok(BuildDefaults {
+        dockerfile: path("dockerfile", false)?,
+        context: path("context", true)?,
+        target: table.string("target")?.map(|target| (*target.get_ref()).to_owned()),
+        arguments: arguments.collect::<Result<_, _>>()?,
+        no_cache: table.boolean("no_cache")?.is_some_and(Spanned::into_inner),
     })
 }
 

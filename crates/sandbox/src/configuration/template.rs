@@ -98,6 +98,13 @@ const REST: &str = r#"# The project in the guest: a copy whose changes wait for 
 # Variables of every command:   NAME = "value"
 [env]
 
+# What `agentkernel build` takes here where no flag says otherwise:
+#   [build]
+#   dockerfile = "docker/Dockerfile"
+#   context = "."
+#   target = "test"
+#   args = { VERSION = "3" }
+
 # Files put into new sandboxes, from beneath this directory:
 #   [[files]]
 #   source = "config/settings.json"

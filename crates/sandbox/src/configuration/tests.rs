@@ -84,6 +84,7 @@ make deps
             file("key", "/key", 0o600),
         ],
         environment: vec![("PORT".into(), "8080".into()), ("a b".into(), String::new())],
+        build: BuildDefaults::default(),
     };
     assert_eq!(parse(text).unwrap(), expected);
     assert_eq!(parse("").unwrap(), Configuration::default());
@@ -121,7 +122,7 @@ fn unknown_keys() {
         ("name = 'x'", "1:1: unknown key `name`\n`name` is a key of [sandbox]"),
         (
             "[zzz]",
-            "1:2: unknown table [zzz]\nthe tables are sandbox, resources, security, network, files, env",
+            "1:2: unknown table [zzz]\nthe tables are sandbox, resources, security, network, build, files, env",
         ),
         ("[network]\nq = 1", "2:1: unknown key `network.q`\nthe keys of [network] are mode"),
         (
@@ -142,7 +143,7 @@ fn unknown_keys() {
     ] {
         assert_eq!(said(text), expected);
     }
-    for later in ["[agent]", "[api]", "[build]", "[secrets]", "[ssh]"] {
+    for later in ["[agent]", "[api]", "[secrets]", "[ssh]"] {
         let expected =
             format!("1:2: this version does not have {later} yet\nremove it; a later version will have it");
         assert_eq!(said(later), expected);
@@ -396,4 +397,33 @@ proptest! {
             Err(other) => prop_assert!(false, "{other}"),
         }
     }
+}
+
+#[test]
+fn builds_have_defaults() {
+    let text = "[build]\ndockerfile = 'docker/Dockerfile.dev'\ncontext = './'\ntarget = 'test'\nno_cache = true\n\
+                args = { VERSION = '3', EMPTY = '' }";
+    let read = Configuration::parse(text, Path::new("agentkernel.toml")).unwrap();
+    let expected = BuildDefaults {
+        dockerfile: Some("docker/Dockerfile.dev".into()),
+        context: Some(PathBuf::new()),
+        target: Some("test".into()),
+        arguments: vec![("VERSION".into(), "3".into()), ("EMPTY".into(), String::new())],
+        no_cache: true,
+    };
+    assert_eq!(read.build, expected);
+    let hint = "name a place beneath the configuration's own directory, relative to it, without `..`";
+    for (text, expected) in [
+        ("build.context = '/etc'", "1:17: `build.context` cannot be `/etc`"),
+        ("build.context = 'a/../..'", "1:17: `build.context` cannot be `a/../..`"),
+        ("build.dockerfile = '../Dockerfile'", "1:20: `build.dockerfile` cannot be `../Dockerfile`"),
+        ("build.dockerfile = ''", "1:20: `build.dockerfile` cannot be ``"),
+    ] {
+        assert_eq!(said(text), format!("{expected}\n{hint}"));
+    }
+    assert_eq!(
+        said("build.args = { V = 3 }"),
+        "1:20: `build.args.V` must be a string, not a whole number\nput quotes around it"
+    );
+    assert_eq!(said("build.args = { 'a=b' = '' }"), "1:16: `a=b` cannot be the name of a build argument");
 }

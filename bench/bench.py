@@ -444,7 +444,7 @@ def section_demo(agentkernel, docker, options):
 
 def section_build(agentkernel, docker, options):
     """images: built again, built with one file changed, ten steps of `true`; a large image unpacked, a large context"""
-    names = ("build_again", "build_changed", "build_ten")
+    names = ("build_again", "build_changed", "build_one", "build_ten")
     raw = {name: [] for name in (*names, *(f"docker_{name}" for name in names), "flatten", "tar_extract")}
     with tempfile.TemporaryDirectory(prefix="bench-build.", dir=agentkernel.state.parent) as directory:
         directory = Path(directory)
@@ -454,8 +454,10 @@ def section_build(agentkernel, docker, options):
         steps = "FROM bench-base\nCOPY first /first\n" + "".join(f"RUN echo {number} > /{number}\n" for number in range(3))
         (context / "Dockerfile").write_text(steps + "COPY last /last\n")
         ten = directory / "ten"
-        ten.mkdir()
-        (ten / "Dockerfile").write_text("FROM bench-base\n" + "RUN true\n" * 10)
+        one = directory / "one"
+        for place, count in ((one, 1), (ten, 10)):
+            place.mkdir()
+            (place / "Dockerfile").write_text("FROM bench-base\n" + "RUN true\n" * count)
         base = directory / "base.tar"
         write_image(base, "bench-base", [busybox_layer()])
         agentkernel.call("images", "load", base)
@@ -484,11 +486,15 @@ def section_build(agentkernel, docker, options):
         (context / "last").write_text("and once more")
         plain = agentkernel.command("build", "--progress", "plain", "-t", "bench-built", context)
         done = subprocess.run(plain, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=LIMIT, check=True)
-        begun = [line for line in done.stderr.splitlines() if line.startswith("[")]
-        raw["build_changed_steps"] = sum("CACHED" not in line for line in begun if "FROM" not in line)
+        steps = sum(line.startswith("[") and "] FROM " not in line for line in done.stderr.splitlines())
+        raw["build_changed_steps"] = steps - done.stderr.count("CACHED")
         for number in range(3):
             say(f"ten steps of true, {number + 1} of 3")
+            both("build_one", one, "--no-cache")
             both("build_ten", ten, "--no-cache")
+        for prefix in ("", "docker_"):
+            pairs = zip(raw[f"{prefix}build_ten"], raw[f"{prefix}build_one"])
+            raw[f"{prefix}build_further"] = [(ten - one) / 9 for ten, one in pairs]
 
         for number in range(3):
             say(f"a large image, {number + 1} of 3")
@@ -517,14 +523,15 @@ def section_build(agentkernel, docker, options):
         for number in range(CONTEXT_FILES):
             with open(large / f"{number}", "wb") as file:
                 file.truncate(CONTEXT_FILE_BYTES)
-        process = subprocess.Popen(ours(large), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        with process:
-            said = process.stderr.read()
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != 0:
-            fail(f"a build of a large context: {said.decode(errors='replace')}")
-        raw["build_context_rss_bytes"] = usage.ru_maxrss << 10
+        builder = subprocess.Popen(ours(large), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        # What wait4 tells would include the memory of this process, of which the other one was forked.
+        most = 0
+        while builder.poll() is None:
+            most = max(most, status_of(builder.pid, "VmHWM") or 0)
+            time.sleep(0.02)
+        if builder.returncode != 0:
+            fail(f"a build of a large context ended with {builder.returncode}")
+        raw["build_context_peak_bytes"] = most
         for name in ("bench-built", "bench-base"):
             agentkernel.call("images", "rm", name)
     agentkernel.call("images", "prune")
@@ -617,7 +624,9 @@ def table(result):
         (f"list, {LISTED} sandboxes", "list", None),
         ("build, nothing changed", "build_again", "docker_build_again"),
         ("build, last COPY changed", "build_changed", "docker_build_changed"),
+        ("build, one RUN true", "build_one", "docker_build_one"),
         ("build, ten RUN true", "build_ten", "docker_build_ten"),
+        ("    each further one", "build_further", "docker_build_further"),
         ("300 MiB image: root fs / tar -x", "flatten", "tar_extract"),
         ("one after the other: create", "churn_create", None),
         ("one after the other: exec", "churn_exec", None),
@@ -651,8 +660,8 @@ def table(result):
         yield f"{'    memory: all':32}{sum(machines) + sum(supervisors):.0f} MiB resident, " \
             f"{sum(live['proportional_bytes']) / MIB:.0f} MiB with shared pages counted once"
         yield f"{'    rm of all':32}{live['remove_all_ms'] / 1e3:.1f} s"
-    if "build_context_rss_bytes" in raw:
-        yield f"{'memory: build of a 5 GB context':32}{mib(raw['build_context_rss_bytes'])}"
+    if "build_context_peak_bytes" in raw:
+        yield f"{'memory: build of a 5 GB context':32}{mib(raw['build_context_peak_bytes'])}"
     if "holdings" in raw:
         first, last = raw["holdings"][0], raw["holdings"][-1]
         said = ", ".join(f"{key.replace('_', ' ')} {first[key]} -> {last[key]}" for key in first)
@@ -729,7 +738,7 @@ def reach(raw, guest_bytes, where):
         ("build", "build with the last COPY changed: steps done again", "<=", 1, lambda: raw["build_changed_steps"]),
         ("build", f"ten RUN true / docker build, {where}", "<=", 1, lambda: divide(["build_ten"], ["docker_build_ten"])),
         ("build", "300 MiB image to a root file system / tar -x", "<=", 2, lambda: divide(["flatten"], ["tar_extract"])),
-        ("build", "builder's memory on a context of 5 GB, MiB", "<=", 300, lambda: raw["build_context_rss_bytes"] / MIB),
+        ("build", "builder's memory on a context of 5 GB, MiB", "<=", 300, lambda: raw["build_context_peak_bytes"] / MIB),
         ("demo", "make demo, again, s", "<=", 10, lambda: seconds("demo_again")),
         (None, "guest binary, MiB", "<=", 2, lambda: guest_bytes / MIB),
     ]

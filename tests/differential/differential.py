@@ -314,6 +314,29 @@ def interchange(agentkernel, docker, scratch):
     run(["skopeo", "copy", "--quiet", f"oci:{store}:docker.io/library/theirs:latest", f"oci:{directory / 'pruned'}"])
 
 
+def other_engine(agentkernel, docker, scratch):
+    """`--engine docker`: Docker's image runs in a sandbox, and goes where it is removed."""
+    context = Path(tempfile.mkdtemp(dir=scratch))
+    (context / "Dockerfile").write_text("FROM base\nCOPY Dockerfile /said\nCMD cat /said\n")
+    directory = Path(docker.client).parent
+    agentkernel.environment |= {"DOCKER_HOST": f"unix://{docker.socket}", "PATH": f"{directory}:{os.environ['PATH']}"}
+    agentkernel.must("build", "-t", "made", "--engine", "docker", context)
+    yield "Docker's engine, run", agentkernel.must("run", "--image", "made").decode(), "FROM base\nCOPY Dockerfile /said\nCMD cat /said\n"
+    labels = json.loads(run(docker.command("image", "inspect", "--format", "{{json .Config.Labels}}", "agentkernel-made")))
+    yield "its labels", labels["agentkernel.name"], "made"
+    agentkernel.must("images", "rm", "made")
+    listed = run(docker.command("images", "-q", "agentkernel-made")).decode()
+    yield "removed here, removed there", listed, ""
+    agentkernel.must("build", "-t", "made", "--engine", "docker", context)
+    reachable = agentkernel.environment["DOCKER_HOST"]
+    agentkernel.environment["DOCKER_HOST"] = f"unix://{context}/nowhere"
+    yield "out of reach: nothing is forgotten", agentkernel.call("images", "sync").returncode, 1
+    agentkernel.environment["DOCKER_HOST"] = reachable
+    yield "in reach: all is there", agentkernel.must("images", "sync").decode(), ""
+    run(docker.command("rmi", "agentkernel-made"))
+    yield "gone there: forgotten here", agentkernel.must("images", "sync").decode(), "made\n"
+
+
 def check_documents(cases):
     """Differences that docs/dockerfile.md does not have, word for word."""
     text = (ROOT / "docs/dockerfile.md").read_text()
@@ -355,7 +378,9 @@ def main():
                 result = f"same but for {', '.join(justified)}"
             report(case["name"], result, one(case, agentkernel, docker, scratch))
         if not wanted or "interchange" in wanted:
-            for name, found, expected in interchange(agentkernel, docker, scratch):
+            for name, found, expected in [
+                *interchange(agentkernel, docker, scratch), *other_engine(agentkernel, docker, scratch)
+            ]:
                 report(name, "same", [] if found == expected else [f"{found!r}, should be {expected!r}"])
         report("documents", "complete", check_documents(CASES))
         report("sandboxes", "none left", [str(path) for path in (scratch / "state/sandboxes").glob("[!.]*")])

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use agentkernel_image::{Descriptor, Digest, LayerItem};
 
 use crate::configuration::Configuration;
+use crate::solve::OnEvent;
 
 /// Why something outside the solver failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -39,11 +40,11 @@ pub trait Executor {
     /// What runs steps.
     type Machine: Machine;
 
-    /// The image called `name`, pulled if it is not here.
+    /// The image called `name`, pulled if it is not here; how that goes on is told.
     ///
     /// # Errors
     /// If there is none, or it is damaged.
-    fn image(&mut self, name: &str) -> Result<Base, Failure>;
+    fn image(&mut self, name: &str, on_event: OnEvent<'_>) -> Result<Base, Failure>;
 
     /// The root file system of these layers as one file.
     ///

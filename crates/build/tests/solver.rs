@@ -15,7 +15,7 @@ use agentkernel_build::executor::{
     Base, Executor, Failure, LayerSource, LayerTarget, Machine, Step, StepEnd,
 };
 use agentkernel_build::ignore::IgnoreFile;
-use agentkernel_build::{BuildError, Context, Event, Options, build};
+use agentkernel_build::{BuildError, Context, Event, OnEvent, Options, build};
 use agentkernel_image::{
     Descriptor, Digest, FileSystem, LayerItem, Metadata, NodeKind, RootFileSystem, Store,
 };
@@ -41,7 +41,7 @@ struct NotedMachine(Steps);
 impl Executor for Noted {
     type Machine = NotedMachine;
 
-    fn image(&mut self, name: &str) -> Result<Base, Failure> {
+    fn image(&mut self, name: &str, _: OnEvent<'_>) -> Result<Base, Failure> {
         let image = self.store.find(name).map_err(|error| Failure::new(error.to_string()))?;
         let configuration = serde_json::from_slice(&self.store.read_blob(&image.image_id).unwrap()).unwrap();
         Ok(Base { configuration, layers: image.layers.into_iter().zip(image.diff_ids).collect() })

@@ -72,3 +72,9 @@ fn passwd_entry() -> Option<PasswdEntry> {
         }
     })
 }
+
+/// Whether this machine has a program on its `PATH`.
+pub(crate) fn finds(program: &str) -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).any(|directory| directory.join(program).is_file())
+}

@@ -253,6 +253,12 @@ impl Images {
                 )),
             });
         }
+        // With force, one that Docker built stays there if it does not answer.
+        match crate::build::remove_from_docker(&self.home, &image.name) {
+            Err(problem) if !force => return Err(problem),
+            Err(problem) => tracing::debug!(problem = problem.message, "the image stays in Docker"),
+            Ok(()) => {}
+        }
         self.store.untag(&parse(&image.name)?).map_err(store_problem)?;
         crate::build::forget(&self.home, &image.name);
         let kept = crate::build::cached_layers(&self.home);

@@ -36,6 +36,9 @@ pub struct Request {
     pub name: Option<String>,
     /// `host`, the name of an image, or an OCI layout or archive; `host` if nothing is said.
     pub image: Option<String>,
+    /// Nobody named the image; it was found to have the program. So the words are a program's, not arguments of an
+    /// ENTRYPOINT.
+    pub image_is_suggestion: bool,
     /// The shared project.
     pub workspace: Option<Workspace>,
     /// Other shared directories.
@@ -115,6 +118,9 @@ pub fn settle(home: &Home, request: Request, progress: &mut dyn FnMut(&str)) -> 
         None | Some("host") => host(&request)?,
         Some(reference) => oci(home, reference, &request, progress)?,
     };
+    if request.image_is_suggestion {
+        defaults.entrypoint.clear();
+    }
     for (name, value) in &request.environment {
         set(&mut defaults.environment, name, value);
     }
@@ -144,7 +150,7 @@ pub fn settle(home: &Home, request: Request, progress: &mut dyn FnMut(&str)) -> 
         labels: request.labels,
         machine_id: fresh_machine_id(),
     };
-    let description = describe(&spec);
+    let description = describe(&spec, request.image_is_suggestion);
     Ok(Launch { spec, description })
 }
 
@@ -291,10 +297,13 @@ fn workspace_directory(request: &Request) -> Option<PathBuf> {
     request.current_directory.starts_with(&workspace.root).then(|| request.current_directory.clone())
 }
 
-fn describe(spec: &Spec) -> String {
+fn describe(spec: &Spec, image_is_suggestion: bool) -> String {
     let mut text = match &spec.image {
         Image::Host { .. } => {
             "host image (this machine's own programs, read-only; --image takes another)".to_owned()
+        }
+        Image::Disk { name, .. } if image_is_suggestion => {
+            format!("image {name} (--image host takes this machine's own programs)")
         }
         Image::Disk { name, .. } => format!("image {name}"),
     };

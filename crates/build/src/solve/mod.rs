@@ -16,6 +16,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::time::{Duration, Instant, SystemTime};
 
+use agentkernel_image::registry::Transfer;
 use agentkernel_image::{Descriptor, Digest, FileSystem, LayerReader, LayerWriter, Platform, Store, Writing};
 
 use crate::cache::{Cache, Key, Record};
@@ -81,6 +82,8 @@ pub enum Event<'a> {
     Done(Duration),
     /// Its program says something.
     Output(&'a [u8]),
+    /// A base image is on its way.
+    Pull(&'a str, Transfer),
     /// Something worth knowing.
     Note(String),
 }
@@ -484,7 +487,10 @@ impl<E: Executor> Solver<'_, E> {
         if name == "scratch" {
             return Ok(State::of(Base { configuration: Configuration::scratch(), layers: Vec::new() }));
         }
-        self.executor.image(&name).map(State::of).map_err(|failure| self.at(stage.image.place, failure))
+        self.executor
+            .image(&name, &mut *self.on_event)
+            .map(State::of)
+            .map_err(|failure| self.at(stage.image.place, failure))
     }
 
     /// A failure at a place of the Dockerfile.

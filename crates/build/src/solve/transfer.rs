@@ -181,7 +181,8 @@ impl<E: Executor> Solver<'_, E> {
                 let state = match self.images.remove(&name) {
                     Some(state) => state,
                     None => {
-                        State::of(self.executor.image(&name).map_err(|failure| self.at(word.place, failure))?)
+                        let base = self.executor.image(&name, &mut *self.on_event);
+                        State::of(base.map_err(|failure| self.at(word.place, failure))?)
                     }
                 };
                 (Origin::Image(name), state)

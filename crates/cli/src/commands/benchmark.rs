@@ -33,7 +33,7 @@ struct Figures {
 
 pub(super) fn benchmark(arguments: &BenchmarkArguments) -> Result<u8, Problem> {
     let home = environment::home()?;
-    let launch = starting::settle(&home, &arguments.sandbox, arguments.json)?;
+    let launch = starting::settle(&home, &arguments.sandbox, &arguments.command, arguments.json)?;
     let exec = Exec { timeout_ms: Some(600_000), ..launch.spec.defaults.exec(&arguments.command, &[]) };
     let figures = block_on(async {
         let begun = Instant::now();

@@ -53,7 +53,8 @@ pub(super) fn build(arguments: &BuildArguments) -> Result<u8, Problem> {
         },
     };
     let brief = arguments.progress == BuildProgress::Auto && std::io::stderr().is_terminal();
-    let mut view = View { quiet: arguments.quiet, brief, status: ui::Status::new(brief), kept: Vec::new() };
+    let mut view =
+        View { quiet: arguments.quiet, brief, status: ui::Status::new(brief), kept: Vec::new(), pull: None };
     let image = builder.build_with(&request, &mut |event| view.show(event)).inspect_err(|_| view.failed())?;
     view.status.clear();
     if arguments.json {
@@ -115,6 +116,8 @@ struct View {
     status: ui::Status,
     /// What the running step said, if it was not shown.
     kept: Vec<u8>,
+    /// How far the base image is.
+    pull: Option<images::Bars>,
 }
 
 impl View {
@@ -124,6 +127,11 @@ impl View {
                 self.keep(bytes);
             }
             return;
+        }
+        if !matches!(event, Event::Pull(..))
+            && let Some(bars) = self.pull.take()
+        {
+            bars.clear();
         }
         match event {
             Event::Step { stage, step, steps, text } => {
@@ -137,6 +145,13 @@ impl View {
                 ui::raw(format!("  {:.1}s\n", time.as_secs_f64()).as_bytes());
             }
             Event::Done(_) => self.status.clear(),
+            Event::Pull(name, transfer) => {
+                let bars = self.pull.get_or_insert_with(|| {
+                    ui::note(&format!("image {} is not here: pulling it", ui::line(name)));
+                    images::Bars::new(self.brief, "pulling")
+                });
+                bars.show(transfer);
+            }
             Event::Output(bytes) if self.brief => {
                 self.keep(bytes);
                 let text = String::from_utf8_lossy(bytes);

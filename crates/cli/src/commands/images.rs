@@ -140,19 +140,19 @@ pub(super) fn options(insecure: bool) -> Result<RegistryOptions, Problem> {
 }
 
 /// A bar for each layer that moves, on a terminal.
-struct Bars {
+pub(super) struct Bars {
     all: MultiProgress,
     verb: &'static str,
     layers: Mutex<BTreeMap<usize, ProgressBar>>,
 }
 
 impl Bars {
-    fn new(wanted: bool, verb: &'static str) -> Self {
+    pub(super) fn new(wanted: bool, verb: &'static str) -> Self {
         let target = if wanted { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         Self { all: MultiProgress::with_draw_target(target), verb, layers: Mutex::default() }
     }
 
-    fn show(&self, step: Transfer) {
+    pub(super) fn show(&self, step: Transfer) {
         if step.is_present {
             return;
         }
@@ -169,7 +169,7 @@ impl Bars {
         bar.set_position(step.bytes);
     }
 
-    fn clear(&self) {
+    pub(super) fn clear(&self) {
         let _ = self.all.clear();
     }
 }

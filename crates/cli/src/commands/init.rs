@@ -15,15 +15,11 @@ pub(super) fn init(arguments: &InitArguments) -> Result<u8, Problem> {
     let path = directory.join(CONFIGURATION_FILE);
     let project = Project::read(&directory).map_err(io(format!("look at {}", directory.display())))?;
     let language = choose(&[], &project);
-    let on_path = |program: &str| {
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
-    };
     let text = template(&InitChoice {
         name: directory.file_name().and_then(|name| name.to_str()),
         language,
         host_suffices: language
-            .is_none_or(|language| language.commands.iter().any(|program| on_path(program))),
+            .is_none_or(|language| language.commands.iter().any(|program| environment::finds(program))),
     });
     let mut options = std::fs::OpenOptions::new();
     options.write(true).create_new(!arguments.force).create(arguments.force).truncate(arguments.force);

@@ -5,10 +5,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use agentkernel_sandbox::client::{Lease, Life};
+use agentkernel_sandbox::configuration::language::{self, Project};
 use agentkernel_sandbox::configuration::{
     Configuration, ConfigurationError, NetworkMode, Profile, environment::parse_file,
 };
 use agentkernel_sandbox::deadline::{Clocks, Deadline};
+use agentkernel_sandbox::images::Images;
 use agentkernel_sandbox::launch::{Launch, Request};
 use agentkernel_sandbox::project::{self, CONFIGURATION_FILE, Choice, WorkspaceMode};
 use agentkernel_sandbox::spec::{HostMount, MountSource, SpecFile};
@@ -27,7 +29,13 @@ const DEFAULT_DISK_MIB: u64 = 10 << 10;
 const ENVIRONMENT_FILE_LIMIT: u64 = 1 << 20;
 
 /// Settles everything about the sandbox that `arguments` and the project's configuration describe.
-pub(super) fn settle(home: &Home, arguments: &SandboxArguments, quiet: bool) -> Result<Launch, Problem> {
+/// `command` is what will be run first, if that is known: it has a say in the image.
+pub(super) fn settle(
+    home: &Home,
+    arguments: &SandboxArguments,
+    command: &[OsString],
+    quiet: bool,
+) -> Result<Launch, Problem> {
     let user = environment::user()?;
     let current = environment::current_directory()?;
     let (configuration, directory) = configuration(arguments.config.as_deref(), &current, &user.home)?;
@@ -77,9 +85,15 @@ pub(super) fn settle(home: &Home, arguments: &SandboxArguments, quiet: bool) -> 
         .files
         .iter()
         .map(|file| SpecFile::read(&directory, &file.source, &file.destination, file.mode));
+    let asked = arguments.image.clone().or(configuration.image);
+    let suitable = match asked {
+        Some(_) => None,
+        None => suitable_image(home, command, workspace.as_ref().map(|workspace| workspace.root.as_path())),
+    };
     let request = Request {
         name: arguments.name.clone().or(configuration.name),
-        image: arguments.image.clone().or(configuration.image),
+        image_is_suggestion: suitable.is_some(),
+        image: asked.or(suitable.map(str::to_owned)),
         workspace,
         mounts,
         current_directory: current,
@@ -116,8 +130,21 @@ pub(super) fn settle(home: &Home, arguments: &SandboxArguments, quiet: bool) -> 
     Ok(launch)
 }
 
+/// What the table of languages has for a command or a project: if that is in the store, or if this machine lacks the
+/// program. `None` for this machine's own programs.
+fn suitable_image(home: &Home, command: &[OsString], project: Option<&Path>) -> Option<&'static str> {
+    let project = project.and_then(|root| Project::read(root).ok()).unwrap_or_default();
+    let language = language::choose(command, &project)?;
+    let is_stored = Images::open(home).is_ok_and(|images| images.is_here(language.image));
+    let word = command.first().and_then(|word| word.to_str());
+    let is_on_this_machine = match word.filter(|word| language.commands.contains(word)) {
+        Some(word) => environment::finds(word),
+        None => language.commands.iter().any(|program| environment::finds(program)),
+    };
+    (is_stored || !is_on_this_machine).then_some(language.image)
+}
+
 /// The configuration that holds in `current`, and the directory it lies in: the one named, or the project's.
-/// The configuration that counts in `current`, and the directory its paths are relative to.
 pub(super) fn configuration(
     named: Option<&Path>,
     current: &Path,

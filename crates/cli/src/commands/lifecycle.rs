@@ -21,7 +21,7 @@ pub(super) fn create(arguments: &mut CreateArguments) -> Result<u8, Problem> {
         arguments.sandbox.name = Some(name);
     }
     let quiet = arguments.quiet || arguments.json;
-    let launch = starting::settle(&home, &arguments.sandbox, quiet)?;
+    let launch = starting::settle(&home, &arguments.sandbox, &[], quiet)?;
     let name = launch.spec.name.clone();
     let held = starting::create(&home, &launch, Life::Persistent, &arguments.sandbox)?;
     let directory = held.directory.clone();

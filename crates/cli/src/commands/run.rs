@@ -22,7 +22,7 @@ use crate::{environment, terminal, ui};
 pub(super) fn run(arguments: &RunArguments) -> Result<u8, Problem> {
     let home = environment::home()?;
     let quiet = arguments.quiet || arguments.how.json;
-    let launch = starting::settle(&home, &arguments.sandbox, quiet)?;
+    let launch = starting::settle(&home, &arguments.sandbox, &arguments.command, quiet)?;
     let shared = launch.spec.workspace.as_ref();
     if arguments.apply && shared.is_none_or(|workspace| workspace.mode != WorkspaceMode::Cow) {
         let hint = "leave --apply out, or give the sandbox a workspace with --workspace cow";

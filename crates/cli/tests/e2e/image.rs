@@ -96,6 +96,17 @@ fn a_layout_and_an_archive_run_as_their_configuration_says() {
         assert_eq!(lines[..4], ["/srv/app", "1234", "1235", "1235 77"], "{}", said.stderr);
         assert_eq!(lines[4..], ["/srv/app plain 1", "not mine", "imaged", "0"]);
     }
+    // Without a command, what it says itself; without a name, what suits the project or the command and is here.
+    let said = host.agentkernel(&["run", "-q", "--image", "my-tools"]);
+    assert!(said.stderr.contains("unused"), "{said:?}");
+    host.agentkernel(&["images", "tag", "my-tools", "node:22-alpine"]).expect(0);
+    host.write("package.json", "{}");
+    let said = host.agentkernel(&["run", "--", "sh", "-c", "echo $FLAVOUR $EXTRA"]);
+    assert_eq!(said.expect(0), "plain\n");
+    assert!(said.stderr.contains("image node:22-alpine (--image host takes"), "{}", said.stderr);
+    let said = host.agentkernel(&["run", "-q", "--image", "host", "--", "sh", "-c", "echo $FLAVOUR"]);
+    assert_eq!(said.expect(0), "\n");
+    fs::remove_file(host.project().join("package.json")).unwrap();
     // The project is there as well, copy-on-write.
     host.write("hello.txt", "hello");
     let project = host.project();
@@ -226,6 +237,14 @@ fn images_go_to_a_registry_and_come_back_when_they_are_asked_for() {
     let said = host.agentkernel(&["images", "pull", &format!("{}/team/tools:3", registry.address)]);
     said.expect(1);
     assert!(said.stderr.contains("tools:3"), "{}", said.stderr);
+    // A build's base comes as well.
+    host.agentkernel(&["rm", "dev"]).expect(0);
+    host.agentkernel(&["images", "rm", &name]).expect(0);
+    host.write("Dockerfile", &format!("FROM {name}\nLABEL built=yes\n"));
+    let said = host.agentkernel(&["build", "-t", "built", "."]);
+    said.expect(0);
+    assert!(said.stderr.contains("is not here: pulling it"), "{}", said.stderr);
+    host.agentkernel(&create).expect(0);
     drop(registry);
     // What is here needs no registry.
     host.agentkernel(&["create", "other", "--no-start", "--workspace", "none", "--image", &name]).expect(0);

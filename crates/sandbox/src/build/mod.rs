@@ -123,8 +123,6 @@ pub struct ImageBuilder {
     pub resources: Resources,
     /// How images that are not here are fetched.
     pub registry: RegistryOptions,
-    /// Docker's program, for the other engine.
-    pub docker: PathBuf,
 }
 
 /// One build.
@@ -188,7 +186,6 @@ impl ImageBuilder {
             program: program.to_owned(),
             resources: Resources::default(),
             registry: RegistryOptions::default(),
-            docker: PathBuf::from("docker"),
         })
     }
 
@@ -236,7 +233,7 @@ impl ImageBuilder {
             }
             Engine::Docker => {
                 options.labels.insert(ENGINE_LABEL.into(), DOCKER.into());
-                let docker = Docker(&self.docker);
+                let docker = Docker(Path::new(DOCKER));
                 let name = reference_of(&request.name);
                 docker.build(self.home.path(), &name, &request.context, &path, &options, on_event)?;
                 docker.take(&self.images, &reference)?
@@ -322,10 +319,9 @@ impl ImageBuilder {
         let Some(record) = self.records.get(name) else {
             return Err(plain("image-not-found", format!("Image '{name}' not found"), None));
         };
-        if record.is_dockers() {
-            Docker(&self.docker).remove(&record.docker_ref())?;
-        }
-        match self.images.remove(&record.docker_ref(), true) {
+        let reference = record.docker_ref();
+        remove_from_docker(&self.home, &reference)?;
+        match self.images.remove(&reference, true) {
             Err(problem) if problem.code != "image-not-found" => return Err(problem),
             _ => {}
         }
@@ -349,7 +345,7 @@ impl ImageBuilder {
                 found => found.map_err(store_problem).map(|_| false)?,
             };
             // One of Docker's is gone when Docker says so; if it does not answer, nobody knows.
-            if is_gone || (record.is_dockers() && !Docker(&self.docker).has(&record.docker_ref())?) {
+            if is_gone || (record.is_dockers() && !Docker(Path::new(DOCKER)).has(&record.docker_ref())?) {
                 gone.push(record.name.clone());
             }
         }
@@ -406,6 +402,19 @@ pub(crate) fn record_path(home: &Home, name: &str) -> PathBuf {
     home.path().join(RECORDS).join(format!("{name}.json"))
 }
 
+/// Removes an image from Docker as well, if that built it.
+///
+/// # Errors
+/// If Docker does not answer, or does not remove it.
+pub(crate) fn remove_from_docker(home: &Home, full_name: &str) -> Result<(), Problem> {
+    let familiar = full_name.parse::<Reference>().map(|reference| reference.familiar()).unwrap_or_default();
+    let record = name_of(&familiar).and_then(|name| std::fs::read(record_path(home, name)).ok());
+    match record.and_then(|text| serde_json::from_slice::<LocalImage>(&text).ok()) {
+        Some(record) if record.is_dockers() => Docker(Path::new(DOCKER)).remove(&record.docker_ref()),
+        _ => Ok(()),
+    }
+}
+
 /// Forgets the record of an image that lost its name.
 pub(crate) fn forget(home: &Home, full_name: &str) {
     let familiar = full_name.parse::<Reference>().map(|reference| reference.familiar()).unwrap_or_default();
@@ -437,7 +446,7 @@ struct Machines<'a> {
 impl Executor for Machines<'_> {
     type Machine = BuildMachine;
 
-    fn image(&mut self, name: &str) -> Result<Base, Failure> {
+    fn image(&mut self, name: &str, on_event: OnEvent<'_>) -> Result<Base, Failure> {
         let store = self.builder.images.store();
         let resolved = self.builder.images.resolve(name);
         let image = match store.find(&resolved) {
@@ -447,8 +456,19 @@ impl Executor for Machines<'_> {
                         message: error.to_string(),
                         hint: Some(error.hint()),
                     })?;
-                let pulled =
-                    self.runtime.block_on(registry::pull(store, &reference, &self.builder.registry, &|_| {}));
+                let (sender, mut receiver) = tokio::sync::mpsc::channel(1);
+                // One that is not shown at once is followed by a later one.
+                let tell = |transfer| sender.try_send(transfer).unwrap_or_default();
+                let pull = registry::pull(store, &reference, &self.builder.registry, &tell);
+                let pulled = self.runtime.block_on(async {
+                    tokio::pin!(pull);
+                    loop {
+                        tokio::select! {
+                            pulled = &mut pull => break pulled,
+                            Some(transfer) = receiver.recv() => on_event(Event::Pull(name, transfer)),
+                        }
+                    }
+                });
                 pulled.map_err(|error| Failure { hint: error.hint(), ..Failure::new(chain(&error)) })?
             }
             found => found.map_err(|error| failure(store_problem(error)))?,

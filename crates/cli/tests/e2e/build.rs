@@ -6,7 +6,7 @@ use std::process::Command;
 
 use rustix::process::Signal;
 
-use crate::host::{Host, Running, finish, is_root, set_mode, signal};
+use crate::host::{Host, Running, finish, is_root, noise, set_mode, signal};
 use crate::living_faults::Mounted;
 
 /// A context with an archive of a small root file system, and its image called `base`.
@@ -38,7 +38,7 @@ fn base(host: &Host) {
 }
 
 /// Every blob is what it is called.
-fn assert_store_is_sound(host: &Host) {
+pub(crate) fn assert_store_is_sound(host: &Host) {
     for entry in fs::read_dir(host.state().join("images/blobs/sha256")).unwrap().flatten() {
         let output = Command::new("sha256sum").arg(entry.path()).output().unwrap();
         let digest = String::from_utf8(output.stdout).unwrap()[..64].to_owned();
@@ -278,13 +278,7 @@ fn a_project_says_how_it_is_built_and_what_cannot_be_built_is_named() {
         let before = fs::read(host.state().join("image-metadata/tools.json")).unwrap();
         let blobs = || fs::read_dir(host.state().join("images/blobs/sha256")).unwrap().count();
         let count = blobs();
-        let mut noise = vec![0; 16 << 20];
-        let mut state = 1_u64;
-        noise.fill_with(|| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            (state >> 56) as u8
-        });
-        fs::write(host.project().join("large"), noise).unwrap();
+        fs::write(host.project().join("large"), noise(16 << 20)).unwrap();
         host.write("Dockerfile", "FROM scratch\nCOPY large /\n");
         let said = host.agentkernel(&["build", "-t", "tools", "."]);
         said.expect(1);

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use crate::host::{Host, finish};
+use crate::host::{Host, Running, finish, noise, signal};
 
 /// Writes an OCI layout with one layer: a static busybox and a few files.
 fn layout(directory: &Path) {
@@ -240,11 +240,36 @@ fn images_go_to_a_registry_and_come_back_when_they_are_asked_for() {
     // A build's base comes as well.
     host.agentkernel(&["rm", "dev"]).expect(0);
     host.agentkernel(&["images", "rm", &name]).expect(0);
-    host.write("Dockerfile", &format!("FROM {name}\nLABEL built=yes\n"));
+    host.write("Dockerfile", format!("FROM {name}\nLABEL built=yes\n"));
     let said = host.agentkernel(&["build", "-t", "built", "."]);
     said.expect(0);
     assert!(said.stderr.contains("is not here: pulling it"), "{}", said.stderr);
     host.agentkernel(&create).expect(0);
+    // Killed while a layer comes: the next one takes it all, and nothing is left of the first.
+    fs::write(host.project().join("large"), noise(48 << 20)).unwrap();
+    host.write("Dockerfile", "FROM scratch\nCOPY large /\n");
+    host.agentkernel(&["build", "-t", "large", "."]).expect(0);
+    let large = format!("{}/team/large:1", registry.address);
+    host.agentkernel(&["images", "push", "large", &large]).expect(0);
+    host.agentkernel(&["images", "rm", "large"]).expect(0);
+    host.agentkernel(&["images", "prune"]).expect(0);
+    let ingest = || -> Vec<u64> {
+        let entries = fs::read_dir(host.state().join("images/ingest")).unwrap().flatten();
+        entries.filter_map(|entry| entry.metadata().ok()).map(|metadata| metadata.len()).collect()
+    };
+    let pull = Running::start(host.command(&["images", "pull", &large]));
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while !ingest().iter().any(|size| *size > 1 << 20) {
+        assert!(std::time::Instant::now() < deadline, "no layer comes");
+    }
+    signal(pull.child.id(), rustix::process::Signal::KILL);
+    assert_ne!(pull.end().0, 0);
+    let said = host.agentkernel(&["images", "inspect", &large]);
+    said.expect(1);
+    host.agentkernel(&["images", "pull", &large]).expect(0);
+    assert!(ingest().is_empty());
+    crate::build::assert_store_is_sound(&host);
+    host.agentkernel(&["images", "rm", &large]).expect(0);
     drop(registry);
     // What is here needs no registry.
     host.agentkernel(&["create", "other", "--no-start", "--workspace", "none", "--image", &name]).expect(0);

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use agentkernel_sandbox::client::Warmth;
 use agentkernel_sandbox::configuration::Profile;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -183,6 +184,16 @@ pub(crate) struct SandboxArguments {
     /// Name of the sandbox, also the guest's host name.
     #[arg(short, long)]
     pub name: Option<String>,
+    /// Boot the machine instead of going on from a template of one.
+    #[arg(long)]
+    pub cold: bool,
+}
+
+impl SandboxArguments {
+    /// How the sandbox is started.
+    pub(crate) fn warmth(&self) -> Warmth {
+        if self.cold { Warmth::Cold } else { Warmth::Warm }
+    }
 }
 
 /// Make a sandbox that lives until it is removed, and start it.

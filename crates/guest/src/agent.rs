@@ -1,13 +1,17 @@
 //! Accepts the host's streams and hands each to what serves it.
 
+use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::io::Error;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use agentkernel_protocol::frame::{self, FrameError};
-use agentkernel_protocol::message::{Entry, ExecFailure, ExecOutput, LayerEntry, Programs, Reply, Request};
-use agentkernel_protocol::mux::{self, Stream};
+use agentkernel_protocol::message::{
+    Configure, Entry, ExecFailure, ExecOutput, LayerEntry, Programs, Reply, Request, Root,
+};
+use agentkernel_protocol::mux::{self, MuxError, Stream};
 use agentkernel_protocol::record::Port;
 use tokio::io::AsyncWriteExt;
 use tokio::task::{LocalSet, spawn_blocking, spawn_local};
@@ -19,14 +23,65 @@ use crate::exec::{self, Reaper};
 use crate::port::PortIo;
 use crate::{copy, fuse, layers, shutdown, tree};
 
+/// How long the mounts may take that the machine is configured with.
+const MOUNT_PATIENCE: std::time::Duration = std::time::Duration::from_secs(20);
 const NOT_CONFIGURED: &str = "the machine is not configured yet";
 
 /// What all streams share.
 struct Agent {
     reaper: Arc<Reaper>,
     file_systems: fuse::FileSystems,
-    /// Set once, when the machine is configured.
+    /// Set once, when the machine is assembled.
     layout: std::sync::OnceLock<Arc<Layout>>,
+    session: Sessions,
+}
+
+/// Counts the host's sessions. One ends when the machine is restored, or the host breaks the stream: never because a
+/// single client is gone.
+#[derive(Clone, Default)]
+struct Sessions(Rc<Cell<u64>>);
+
+impl Sessions {
+    fn ended(&self) {
+        self.0.set(self.0.get() + 1);
+    }
+
+    fn watch(&self) -> Session {
+        Session { all: self.clone(), number: self.0.get() }
+    }
+}
+
+/// One of the host's sessions.
+#[derive(Clone)]
+pub(crate) struct Session {
+    all: Sessions,
+    number: u64,
+}
+
+impl Session {
+    /// Whether its streams broke because all of it ended.
+    pub(crate) fn is_over(&self) -> bool {
+        self.all.0.get() != self.number
+    }
+}
+
+/// Carries out the steps that are wished, on a thread that may wait.
+fn configure(
+    layout: Option<Arc<Layout>>,
+    wish: &Configure,
+    file_systems: &BTreeSet<String>,
+) -> Result<Arc<Layout>, String> {
+    let layout = match (&wish.assemble, layout) {
+        (Some(_), Some(_)) => return Err("the machine is assembled already".into()),
+        (None, None) => return Err("the machine is not assembled yet".into()),
+        (Some(assemble), None) => Arc::new(configure::assemble(assemble, file_systems)?),
+        (None, Some(layout)) => layout,
+    };
+    configure::identify(&layout, &wish.identity)?;
+    if let Some(furnish) = &wish.furnish {
+        configure::furnish(&layout, furnish, file_systems)?;
+    }
+    Ok(layout)
 }
 
 /// Serves the host for ever.
@@ -43,15 +98,16 @@ async fn serve(booted: Booted) -> Result<Infallible, Error> {
         reaper,
         file_systems: fuse::FileSystems::default(),
         layout: std::sync::OnceLock::new(),
+        session: Sessions::default(),
     });
     let mut port = Port::new(PortIo::new(booted.port)?);
     loop {
         if let Err(error) = port.accept(&booted.kernel).await {
             return Err(Error::other(format!("the host's greeting: {error}")));
         }
-        let agent = agent.clone();
+        let shared = agent.clone();
         let ended = mux::guest(port.session(), move |stream| {
-            let agent = agent.clone();
+            let agent = shared.clone();
             spawn_local(async move {
                 if let Err(error) = answer(&agent, stream).await
                     && !error.is_disconnect()
@@ -61,33 +117,69 @@ async fn serve(booted: Booted) -> Result<Infallible, Error> {
             });
         })
         .await;
-        log(&format!("the host's session ended: {ended}"));
+        // Before anything that served its streams finds them broken.
+        agent.session.ended();
+        if !matches!(&ended, MuxError::Connection(error) if is_reset(error)) {
+            log(&format!("the host's session ended: {ended}"));
+        }
     }
+}
+
+/// A greeting of a later epoch: the machine was restored.
+fn is_reset(error: &mux::ConnectionError) -> bool {
+    matches!(error, mux::ConnectionError::Io(error) if error.kind() == std::io::ErrorKind::ConnectionReset)
 }
 
 async fn answer(agent: &Agent, mut stream: Stream) -> Result<(), FrameError> {
     match frame::read::<Request, _>(&mut stream).await? {
         Request::FileSystem { tag, read_only } => {
-            if let Err(error) = agent.file_systems.serve(&tag, read_only, stream).await {
+            let initial = agent.layout.get().map(|layout| layout.initial());
+            if let Err(error) = agent.file_systems.serve(&tag, read_only, initial, stream).await {
                 log(&format!("file system {tag}: {error}"));
             }
             Ok(())
         }
         Request::Configure(wish) => {
+            let root = wish.assemble.iter().filter_map(|assemble| match &assemble.root {
+                Root::FileSystem { tag } => Some(tag.as_str()),
+                Root::Disk { .. } => None,
+            });
+            let mounts = wish.furnish.iter().flat_map(|furnish| &furnish.mounts);
+            let tags: Vec<&str> = root.chain(mounts.map(|mount| mount.tag.as_str())).collect();
+            let present = agent.file_systems.present(&tags);
+            // What is missing after that is named by whoever needs it.
+            let _ = tokio::time::timeout(MOUNT_PATIENCE, present).await;
             let file_systems = agent.file_systems.tags();
-            let result = spawn_blocking(move || configure::configure(&wish, &file_systems)).await;
+            let layout = agent.layout.get().cloned();
+            let result = spawn_blocking(move || configure(layout, &wish, &file_systems)).await;
             let reply = match result {
-                Ok(Ok(layout)) => match agent.layout.set(Arc::new(layout)) {
-                    Ok(()) => Reply::Done,
-                    Err(_) => Reply::Failed { message: "the machine is configured already".into() },
-                },
+                // The first to come stays; it is the same one after that.
+                Ok(Ok(layout)) => {
+                    let _ = agent.layout.set(layout);
+                    Reply::Done
+                }
                 Ok(Err(message)) => Reply::Failed { message },
                 Err(error) => Reply::Failed { message: error.to_string() },
             };
             reply_once(&mut stream, &reply).await
         }
+        Request::Quiesce { programs } => {
+            if programs == Some(Programs::End) {
+                shutdown::end_programs(std::time::Duration::ZERO).await;
+            }
+            let quiet = agent.file_systems.quiet();
+            quiet.wait().await;
+            frame::write(&mut stream, &Reply::Done).await?;
+            // Until the host is done with it, or this is another machine.
+            let mut end = [0];
+            let _ = tokio::io::AsyncReadExt::read(&mut stream, &mut end).await;
+            Ok(())
+        }
         Request::Exec(wish) => match agent.layout.get() {
-            Some(layout) => exec::serve(agent.reaper.clone(), layout.clone(), *wish, stream).await,
+            Some(layout) => {
+                let session = agent.session.watch();
+                exec::serve(agent.reaper.clone(), layout.clone(), *wish, session, stream).await
+            }
             None => {
                 let message = NOT_CONFIGURED.into();
                 reply_once(&mut stream, &ExecOutput::Failed { kind: ExecFailure::Other, message }).await

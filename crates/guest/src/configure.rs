@@ -1,14 +1,16 @@
-//! Assembles the root file system and gives the machine its identity.
+//! Assembles the root file system, gives the machine its identity, furnishes it.
 //!
 //! ```text
 //! initramfs /            /served/TAG   served file systems, as mounted by `fuse`
 //!                        /image        EROFS image, if the root is one
 //!                        /writable     ext4: root/{upper,work}, mount-N/{upper,work}
+//!                        /boot-id      mounted over the kernel's
 //! new root  /            overlay(lower = served or image, upper = writable/root)
 //!           TARGET       served file system, or overlay(lower = served, upper = writable/mount-N)
 //!           /proc ...    moved from the initramfs
 //! ```
-//! Runs once, on a thread that may wait for the host's file servers.
+//! The three steps run on threads that may wait for the host's file servers. Assembling and furnishing happen once in a
+//! machine's life; an identity is taken on after each start and each restore, before any program of the user's runs.
 
 use std::collections::BTreeSet;
 use std::ffi::CString;
@@ -18,12 +20,12 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use agentkernel_protocol::message::{self, Configure, Mount, MountMode, Root, Writable};
+use agentkernel_protocol::message::{self, Assemble, Furnish, Identity, Mount, MountMode, Root, Writable};
 use rustix::fs::{Mode, OFlags, ResolveFlags, mkdirat, openat2};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
+use rustix::mount::{MountFlags, OpenTreeFlags, mount, mount_bind, mount_move, open_tree};
 
 use crate::exec::cgroup;
 use crate::layers::Layers;
@@ -35,71 +37,123 @@ const NEW_ROOT: &str = "/root-to-be";
 const WRITABLE: &str = "/writable";
 /// Nothing that Docker's overlays do not do either: a directory's rename is `EXDEV`, and upper layers need no index.
 pub(crate) const OVERLAY_OPTIONS: &str = "redirect_dir=off,metacopy=off,index=off";
+/// Most processes of what runs in a machine that is not furnished yet.
+const ASSEMBLED_PROCESS_LIMIT: u32 = 256;
+
+/// Directory of what the machine says of itself to programs.
+const OURS: &str = "/run/agentkernel";
+/// What is mounted over the kernel's own word for this boot.
+const BOOT_ID: &str = "boot-id";
 
 /// What stays reachable after the root was switched.
 pub(crate) struct Layout {
-    /// Upper directories of the copy-on-write mounts, by the mounts' index.
-    uppers: Vec<Option<Arc<OwnedFd>>>,
+    /// The root directory of the initramfs, below the root that was switched to.
+    initial: OwnedFd,
+    /// The root, where it can be written even if programs cannot.
+    root: OwnedFd,
+    /// The writable disk's directory.
+    writable: OwnedFd,
     /// The cgroup of all programs.
     pub cgroups: OwnedFd,
-    /// Most processes and threads of one program with all it starts.
-    pub process_limit: u32,
     /// The layers of builds.
     pub layers: Arc<Layers>,
     /// The kernel's `/proc`, reached without a path lookup in the root.
     pub proc: OwnedFd,
+    /// There once the machine is furnished.
+    furniture: OnceLock<Furniture>,
+}
+
+/// What makes the machine a certain sandbox's.
+struct Furniture {
+    /// Upper directories of the copy-on-write mounts, by the mounts' index.
+    uppers: Vec<Option<Arc<OwnedFd>>>,
+    /// Most processes and threads of one program with all it starts.
+    process_limit: u32,
 }
 
 impl Layout {
     /// The upper directory of mount number `mount`, if that is copy-on-write.
     pub(crate) fn upper(&self, mount: u32) -> Option<Arc<OwnedFd>> {
-        self.uppers.get(usize::try_from(mount).ok()?)?.clone()
+        self.furniture.get()?.uppers.get(usize::try_from(mount).ok()?)?.clone()
+    }
+
+    /// The root directory of the initramfs.
+    pub(crate) fn initial(&self) -> PathBuf {
+        beneath(&self.initial, "")
+    }
+
+    /// Most processes and threads of one program with all it starts.
+    pub(crate) fn process_limit(&self) -> u32 {
+        self.furniture.get().map_or(ASSEMBLED_PROCESS_LIMIT, |furniture| furniture.process_limit)
     }
 }
 
-/// Carries out the host's wish.
+/// A directory as a path, without looking anything up in the root.
+fn beneath(directory: &OwnedFd, path: &str) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(path)
+}
+
+/// Puts the root file system together and changes to it.
 ///
 /// # Errors
 /// Says which step failed and why.
-pub(crate) fn configure(wish: &Configure, file_systems: &BTreeSet<String>) -> Result<Layout, String> {
-    system::reseed(&wish.entropy).map_err(say("reseed the random pool"))?;
-    set_clock(wish.unix_time_ns)?;
-    let served = |tag: &str| -> Result<PathBuf, String> {
-        if file_systems.contains(tag) {
-            Ok(fuse::mount_point(tag))
-        } else {
-            Err(format!("no file system {tag} is served"))
-        }
-    };
+pub(crate) fn assemble(wish: &Assemble, file_systems: &BTreeSet<String>) -> Result<Layout, String> {
+    let initial = open_directory("/")?;
     let lower = match &wish.root {
-        Root::FileSystem { tag } => served(tag)?,
+        Root::FileSystem { tag } => served(file_systems, tag)?,
         Root::Disk { serial } => mount_disk(serial, "/image", "erofs", MountFlags::RDONLY, "")?,
     };
     let Writable::Disk { serial } = &wish.writable;
     mount_disk(serial, WRITABLE, "ext4", MountFlags::NOATIME, "noinit_itable")?;
+    let writable = open_directory(WRITABLE)?;
     make_directory(NEW_ROOT, 0o755)?;
-    overlay(&lower, "root", Path::new(NEW_ROOT), 0o755, (0, 0))?;
+    overlay(&lower, &writable, "root", Path::new(NEW_ROOT), 0o755, (0, 0))?;
     let root = open_directory(NEW_ROOT)?;
     make_standard_directories(&root, matches!(wish.root, Root::FileSystem { .. }))?;
     // Before the mounts: a project may lie below it, as removable disks do.
     mount_run(&root)?;
+    write_file(&Path::new("/").join(BOOT_ID), 0o444, b"")?;
+    mount_system(&root)?;
+    let cgroups = mount_cgroups(&root)?;
+    let proc = open_directory("/proc")?;
+    let image = open_directory(&lower)?;
+    switch_root()?;
+    system::loopback_up().map_err(say("bring the loopback interface up"))?;
+    Ok(Layout {
+        initial,
+        // A mount of its own: the other one may become read-only.
+        root: open_tree(rustix::fs::CWD, "/", OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)
+            .map_err(say("reach the root"))?,
+        layers: Arc::new(Layers::new(writable.try_clone().map_err(say("reach the layers"))?, image)),
+        writable,
+        cgroups,
+        proc,
+        furniture: OnceLock::new(),
+    })
+}
+
+/// Mounts what the sandbox shares, and writes its files. The directories served to it are mounted already.
+///
+/// # Errors
+/// Says which step failed and why.
+pub(crate) fn furnish(
+    layout: &Layout,
+    wish: &Furnish,
+    file_systems: &BTreeSet<String>,
+) -> Result<(), String> {
+    if layout.furniture.get().is_some() {
+        return Err("the machine is furnished already".into());
+    }
+    let root = open_directory("/")?;
     if wish.read_only {
         mount_temporary(&root)?;
     }
     let mut uppers = Vec::new();
     for (index, mount) in wish.mounts.iter().enumerate() {
-        uppers.push(place(&root, index, mount, &served(&mount.tag)?)?);
+        let served = served(file_systems, &mount.tag)?;
+        let lower = beneath(&layout.initial, served.to_str().unwrap_or_default().trim_start_matches('/'));
+        uppers.push(place(layout, &root, index, mount, &lower)?);
     }
-    mount_system(&root)?;
-    let layout = Layout {
-        uppers,
-        cgroups: mount_cgroups(&root)?,
-        process_limit: wish.process_limit,
-        layers: Arc::new(Layers::new(open_directory(WRITABLE)?, open_directory(&lower)?)),
-        proc: open_directory("/proc")?,
-    };
-    switch_root()?;
-    identify(wish)?;
     for directory in &wish.directories {
         add_directory(directory)?;
     }
@@ -109,7 +163,57 @@ pub(crate) fn configure(wish: &Configure, file_systems: &BTreeSet<String>) -> Re
     if wish.read_only {
         seal()?;
     }
-    Ok(layout)
+    let furniture = Furniture { uppers, process_limit: wish.process_limit };
+    layout.furniture.set(furniture).map_err(|_| "the machine is furnished already".into())
+}
+
+/// Takes on an identity that no other machine has, and tells the programs that live through it.
+///
+/// # Errors
+/// Says which step failed and why; nothing of the user's may run then.
+pub(crate) fn identify(layout: &Layout, wish: &Identity) -> Result<(), String> {
+    system::reseed(&wish.entropy).map_err(say("reseed the random pool"))?;
+    set_clock(wish.unix_time_ns)?;
+    rustix::system::sethostname(wish.hostname.as_bytes()).map_err(say("set the host name"))?;
+    let root = beneath(&layout.root, "");
+    write_file(&root.join("etc/hostname"), 0o644, format!("{}\n", wish.hostname).as_bytes())?;
+    write_file(&root.join("etc/machine-id"), 0o444, format!("{}\n", wish.machine_id).as_bytes())?;
+    for file in &wish.files {
+        let path = path_of(&file.path)?;
+        write_file(&root.join(path.strip_prefix("/").unwrap_or(&path)), file.mode, &file.content)?;
+    }
+    renew_boot_id(layout, &wish.boot_id)?;
+    make_directory(OURS, 0o755)?;
+    let generation = Path::new(OURS).join("generation");
+    // Replaced by a rename: whoever watches the directory or the file is told, and nobody reads half of it.
+    let draft = Path::new(OURS).join(".generation");
+    write_file(&draft, 0o444, format!("{}\n", wish.generation).as_bytes())?;
+    fs::rename(&draft, &generation).map_err(say("tell the programs"))
+}
+
+/// Mounts a word of ours over the kernel's for this boot, which would be the same in all that is restored of it.
+fn renew_boot_id(layout: &Layout, boot_id: &str) -> Result<(), String> {
+    let ours = beneath(&layout.initial, BOOT_ID);
+    let target = beneath(&layout.proc, "sys/kernel/random/boot_id");
+    fs::set_permissions(&ours, Permissions::from_mode(0o644)).map_err(say("renew the boot's id"))?;
+    fs::write(&ours, format!("{boot_id}\n")).map_err(say("renew the boot's id"))?;
+    fs::set_permissions(&ours, Permissions::from_mode(0o444)).map_err(say("renew the boot's id"))?;
+    let is_ours = |path: &Path| {
+        let (one, other) = (fs::metadata(path).ok()?, fs::metadata(&ours).ok()?);
+        Some((one.dev(), one.ino()) == (other.dev(), other.ino()))
+    };
+    if is_ours(&target) != Some(true) {
+        mount_bind(&ours, &target).map_err(say("renew the boot's id"))?;
+    }
+    Ok(())
+}
+
+fn served(file_systems: &BTreeSet<String>, tag: &str) -> Result<PathBuf, String> {
+    if file_systems.contains(tag) {
+        Ok(fuse::mount_point(tag))
+    } else {
+        Err(format!("no file system {tag} is served"))
+    }
 }
 
 /// Names the step in an error.
@@ -159,12 +263,19 @@ fn find_disk(serial: &str) -> Option<PathBuf> {
 
 /// Mounts an overlay over `lower` at `target`, its upper layer in the writable disk's directory `name` with the mode
 /// and owner that the merged root shall have. Returns the upper directory.
-fn overlay(lower: &Path, name: &str, target: &Path, mode: u32, owner: (u32, u32)) -> Result<OwnedFd, String> {
-    let upper = format!("{WRITABLE}/{name}/upper");
-    let work = format!("{WRITABLE}/{name}/work");
+fn overlay(
+    lower: &Path,
+    writable: &OwnedFd,
+    name: &str,
+    target: &Path,
+    mode: u32,
+    owner: (u32, u32),
+) -> Result<OwnedFd, String> {
+    let base = beneath(writable, name);
+    let (upper, work) = (base.join("upper"), base.join("work"));
     // A sandbox that was stopped brings its layer back with all that was done to it.
-    if !Path::new(&upper).exists() {
-        for directory in [&format!("{WRITABLE}/{name}"), &upper, &work] {
+    if !upper.exists() {
+        for directory in [&base, &upper, &work] {
             make_directory(directory, 0o755)?;
         }
         fs::set_permissions(&upper, Permissions::from_mode(mode))
@@ -172,24 +283,32 @@ fn overlay(lower: &Path, name: &str, target: &Path, mode: u32, owner: (u32, u32)
         std::os::unix::fs::chown(&upper, Some(owner.0), Some(owner.1))
             .map_err(say("prepare the writable layer"))?;
     }
-    let options = format!("lowerdir={},upperdir={upper},workdir={work},{OVERLAY_OPTIONS}", lower.display());
+    let (lower, shown, work) = (lower.display(), upper.display(), work.display());
+    let options = format!("lowerdir={lower},upperdir={shown},workdir={work},{OVERLAY_OPTIONS}");
     let options = CString::new(options).map_err(say("mount an overlay"))?;
     mount("overlay", target, "overlay", MountFlags::empty(), &*options)
         .map_err(say(format!("mount the copy-on-write layer of {name}")))?;
     open_directory(&upper)
 }
 
-/// Puts a served file system at its target inside the new root; returns its upper directory if it has one.
-fn place(root: &OwnedFd, index: usize, mount: &Mount, served: &Path) -> Result<Option<Arc<OwnedFd>>, String> {
+/// Puts a served file system at its target inside the root; returns its upper directory if it has one.
+fn place(
+    layout: &Layout,
+    root: &OwnedFd,
+    index: usize,
+    mount: &Mount,
+    served: &Path,
+) -> Result<Option<Arc<OwnedFd>>, String> {
     let target_path = path_of(&mount.target)?;
     let target = make_path(root, &target_path)?;
-    let target = PathBuf::from(format!("/proc/self/fd/{}", target.as_raw_fd()));
+    let target = beneath(&target, "");
     match mount.mode {
         MountMode::CopyOnWrite => {
             let metadata = fs::metadata(served).map_err(say(format!("look at {}", target_path.display())))?;
             let owner = (metadata.uid(), metadata.gid());
-            let upper = overlay(served, &format!("mount-{index}"), &target, metadata.mode() & 0o7777, owner)?;
-            Ok(Some(Arc::new(upper)))
+            let name = format!("mount-{index}");
+            let mode = metadata.mode() & 0o7777;
+            Ok(Some(Arc::new(overlay(served, &layout.writable, &name, &target, mode, owner)?)))
         }
         MountMode::ReadOnly | MountMode::ReadWrite => {
             mount_bind(served, &target).map_err(say(format!("mount {}", target_path.display())))?;
@@ -320,13 +439,6 @@ fn seal() -> Result<(), String> {
         .map_err(say("make the root read-only"))
 }
 
-fn identify(wish: &Configure) -> Result<(), String> {
-    rustix::system::sethostname(wish.hostname.as_bytes()).map_err(say("set the host name"))?;
-    write_file(Path::new("/etc/hostname"), 0o644, format!("{}\n", wish.hostname).as_bytes())?;
-    write_file(Path::new("/etc/machine-id"), 0o444, format!("{}\n", wish.machine_id).as_bytes())?;
-    system::loopback_up().map_err(say("bring the loopback interface up"))
-}
-
 fn add_directory(wish: &message::Directory) -> Result<(), String> {
     let path = path_of(&wish.path)?;
     if path.is_dir() {
@@ -360,12 +472,14 @@ fn write_file(path: &Path, mode: u32, content: &[u8]) -> Result<(), String> {
     file.set_permissions(Permissions::from_mode(mode)).map_err(say(what()))
 }
 
-fn make_directory(path: &str, mode: u32) -> Result<(), String> {
+fn make_directory(path: impl AsRef<Path>, mode: u32) -> Result<(), String> {
+    let path = path.as_ref();
+    let shown = path.display();
     match fs::create_dir(path) {
         Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-            Err(say(format!("make {path}"))(error))
+            Err(say(format!("make {shown}"))(error))
         }
-        _ => fs::set_permissions(path, Permissions::from_mode(mode)).map_err(say(format!("prepare {path}"))),
+        _ => fs::set_permissions(path, Permissions::from_mode(mode)).map_err(say(format!("prepare {shown}"))),
     }
 }
 

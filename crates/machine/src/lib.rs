@@ -20,6 +20,7 @@ pub mod initramfs;
 pub mod jail;
 pub mod kernel;
 mod machine;
+pub mod memory;
 pub mod qemu;
 
 pub use accelerator::Accelerator;

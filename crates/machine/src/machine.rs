@@ -28,6 +28,10 @@ pub trait Machine: Send + Sync {
     /// Lets a paused machine go on.
     fn resume(&self) -> Work<'_, Result<(), MachineError>>;
 
+    /// What the devices of a paused machine hold, in the driver's own words: with a copy of its memory
+    /// ([`crate::memory`]) and of its disks it can be restored.
+    fn save(&self) -> Work<'_, Result<Vec<u8>, MachineError>>;
+
     /// Waits until the machine has ended. May be called any number of times, at any time.
     fn wait(&self) -> Work<'_, Exit>;
 

@@ -96,6 +96,7 @@ fn load_with_init(cache: &Path) -> Kernel {
 fn config(kernel: Kernel, disks: Vec<Disk>) -> MachineConfig {
     MachineConfig {
         kernel,
+        restore: None,
         accelerator: accelerator::detect().accelerator,
         vcpus: 2,
         memory_mib: 256,

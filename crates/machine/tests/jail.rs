@@ -371,6 +371,7 @@ fn config(behind: Behind, program: PathBuf, arguments: Vec<Argument>) -> JailCon
             processes: 64,
         },
         without: behind.without(),
+        opened: None,
         watchers: None,
     }
 }

@@ -9,6 +9,7 @@
 //! |---|---|---|
 //! | [`ControlRequest::Guest`] | what the guest's request wants | what the guest answers: the supervisor relays |
 //! | [`ControlRequest::Attach`] | [`ExecInput`](crate::message::ExecInput) | [`ExecOutput`](crate::message::ExecOutput), what was said lately first |
+//! | [`ControlRequest::Save`] | nothing; it closes when it has copied what it needs | [`ControlReply::Saved`], then bytes |
 //! | any other | nothing | one [`ControlReply`] |
 //!
 //! A supervisor serves clients of its own [`VERSION`](crate::VERSION) only; it leaves that where they look first.
@@ -46,6 +47,13 @@ pub enum ControlRequest {
         /// Number of the signal; 0 kills the whole process tree.
         signal: i32,
     },
+    /// Stop the machine's processors until [`ControlRequest::Resume`].
+    Pause,
+    /// Let a paused machine go on.
+    Resume,
+    /// Save the machine but for its memory and disks, which the client copies while the machine stands still; answered by
+    /// [`ControlReply::Saved`]. The machine goes on (unless it was paused) when the client closes the connection.
+    Save,
     /// Record the workspace's changes; answered by [`ControlReply::Changes`].
     Changes,
     /// The workspace's paths have these versions on the host now, put there for the guest.
@@ -107,6 +115,20 @@ pub enum ControlReply {
     },
     /// Durations in nanoseconds.
     Measured(Vec<u64>),
+    /// The machine stands still.
+    Saved(Box<Saved>),
+}
+
+/// A machine but for its memory and disks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// Epoch of the agent's conversation; whoever goes on from here begins a higher one.
+    pub epoch: u32,
+    /// What its devices hold, in the words of whatever runs it.
+    pub devices: ByteBuf,
+    /// What the file servers know that the guest knows of their files: the file systems' tags, and how many bytes of each
+    /// follow on the connection, in this order.
+    pub file_systems: Vec<(String, u64)>,
 }
 
 /// What the holder of a lease sends.

@@ -9,6 +9,7 @@
 //! | [`Request::LayerOut`] | nothing | [`LayerEntry`], the last one `End` or `Failed` |
 //! | [`Request::LayerIn`] | [`LayerEntry`], the last one `End` | one [`Reply`], as soon as it fails or is done |
 //! | [`Request::CopyIn`] | [`Entry`], the last one `End` | one [`Reply`], as soon as it fails or is done |
+//! | [`Request::Quiesce`] | nothing | one [`Reply`]; the stream's end ends the quiet |
 //! | [`Request::Shutdown`] | nothing | one [`Reply`], then the machine ends |
 
 use serde::{Deserialize, Serialize};
@@ -37,20 +38,27 @@ pub struct HelloAnswer {
 /// First message of each stream.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
-    /// From here on the stream carries FUSE messages of the file system `tag`.
+    /// From here on the stream carries FUSE messages of the file system `tag`. It is mounted with the first such stream;
+    /// a later one, in a machine that was restored, goes on where the former ended.
     FileSystem {
-        /// Name by which [`Configure`] refers to it: ASCII letters, digits and `-`.
+        /// Name by which [`Assemble`] and [`Furnish`] refer to it: ASCII letters, digits and `-`.
         tag: String,
         /// Mount it read-only (the host refuses writes besides).
         read_only: bool,
     },
-    /// Assemble the root file system and the identity of the machine; once per machine.
+    /// Assemble the root file system, take on an identity, furnish the machine: what of it is to be done.
     Configure(Box<Configure>),
+    /// Bring the machine into a state in which it can be saved: no request to the host's file servers is under way and
+    /// none is begun. It lasts as long as this stream; in a machine that is restored the stream is gone.
+    Quiesce {
+        /// What becomes of the programs that run; nothing if it is not given, for the machine itself will stand still.
+        programs: Option<Programs>,
+    },
     /// Run a program.
     Exec(Box<Exec>),
-    /// List what was changed in the copy-on-write mount with this index in [`Configure::mounts`].
+    /// List what was changed in the copy-on-write mount with this index in [`Furnish::mounts`].
     Changes {
-        /// Index in [`Configure::mounts`].
+        /// Index in [`Furnish::mounts`].
         mount: u32,
         /// What keeps programs from changing what is being listed.
         programs: Programs,
@@ -108,9 +116,31 @@ pub enum Reply {
     },
 }
 
-/// Everything a freshly booted machine must be told.
+/// What a machine is told before it may run programs, in this order. A machine that was just booted is told all of it. A
+/// template is assembled and then saved; what is restored of it gets an identity and is furnished. A fork gets a new
+/// identity.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Configure {
+    /// Once in a machine's life.
+    pub assemble: Option<Assemble>,
+    /// After each start and each restore. If it fails no program runs.
+    pub identity: Identity,
+    /// Once in a machine's life.
+    pub furnish: Option<Furnish>,
+}
+
+/// The root file system.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Assemble {
+    /// The lower layer of `/`.
+    pub root: Root,
+    /// Where writes go.
+    pub writable: Writable,
+}
+
+/// What no two machines share.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
     /// Host name, also written to `/etc/hostname`.
     pub hostname: String,
     /// Wall clock, nanoseconds since the epoch.
@@ -119,10 +149,18 @@ pub struct Configure {
     pub entropy: ByteBuf,
     /// Content of `/etc/machine-id`: 32 hexadecimal digits.
     pub machine_id: String,
-    /// The lower layer of `/`.
-    pub root: Root,
-    /// Where writes go.
-    pub writable: Writable,
+    /// What `/proc/sys/kernel/random/boot_id` says: a UUID.
+    pub boot_id: String,
+    /// A word that changes with each restore, for programs that live through one: the content of
+    /// `/run/agentkernel/generation`.
+    pub generation: String,
+    /// Files of `/etc` that hold the machine's name.
+    pub files: Vec<File>,
+}
+
+/// What makes the machine a certain sandbox's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Furnish {
     /// Nothing of the root can be changed once it is assembled; `/tmp` and `/var/tmp` are in memory then.
     pub read_only: bool,
     /// Most processes and threads of one [`Exec`] with all it starts.

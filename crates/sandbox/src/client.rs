@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use agentkernel_protocol::control::{ControlReply, ControlRequest, Event, LeaseInput, Rebase};
+use agentkernel_protocol::control::{ControlReply, ControlRequest, Event, LeaseInput, Rebase, Saved};
 use agentkernel_protocol::frame::{self, FrameError};
 use agentkernel_protocol::message::{Exec, ExecInput, ExecOutput, Request, WindowSize};
 use rustix::fs::{Mode, OFlags};
@@ -44,7 +44,7 @@ pub enum Life {
     Persistent,
 }
 
-/// Makes the sandbox's directory and its disk. It is held by this process and rests; [`start`] makes it live, dropping
+/// Makes the sandbox's directory; its disk comes with the first start. It is held by this process and rests; [`start`] makes it live, dropping
 /// the lock leaves it stopped.
 ///
 /// # Errors
@@ -61,8 +61,6 @@ pub fn create(
         if life == Life::Temporary {
             std::fs::write(directory.join(TEMPORARY), b"").map_err(io("mark the sandbox as temporary"))?;
         }
-        let disk = directory.join(crate::disk::FILE_NAME);
-        crate::disk::create(&home.cache(), spec.disk_mib, &disk)?;
         if life == Life::Persistent {
             Record::open(directory).say("created", "");
         }
@@ -70,11 +68,56 @@ pub fn create(
     })
 }
 
+/// How a sandbox is started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Warmth {
+    /// Going on from a template, if the sandbox never ran; one is made if there is none.
+    #[default]
+    Warm,
+    /// Booting.
+    Cold,
+}
+
 /// Starts a sandbox's supervisor and waits until programs can run. `program` is the one with the hidden verbs: ours.
 ///
 /// # Errors
 /// Whatever kept it from starting; a temporary sandbox is removed then, another one is stopped.
-pub async fn start(held: HeldSandbox, program: &Path) -> Result<Lease, Problem> {
+pub async fn start(held: HeldSandbox, program: &Path, warmth: Warmth) -> Result<Lease, Problem> {
+    let disk = held.directory.path().join(crate::disk::FILE_NAME);
+    if disk.exists() {
+        return launch(held, program).await;
+    }
+    let begun = match warmth {
+        // Boxed, for making one starts a sandbox, too.
+        Warmth::Warm => Box::pin(crate::templates::begin(&held.directory, program)).await,
+        Warmth::Cold => Ok(None),
+    };
+    let made = begun.and_then(|template| match template {
+        Some(template) => Ok(Some(template)),
+        None => {
+            let spec = Spec::load(held.directory.path())?;
+            crate::disk::create(&held.directory.home().cache(), spec.disk_mib, &disk).map(|_| None)
+        }
+    });
+    match made {
+        Ok(template) => {
+            let lease = launch(held, program).await;
+            if let (Some(template), Err(_)) = (template, &lease) {
+                // Whatever it was: the next one begins with another.
+                template.discard();
+            }
+            lease
+        }
+        Err(problem) => {
+            if held.directory.is_temporary() {
+                held.remove();
+            }
+            Err(problem)
+        }
+    }
+}
+
+async fn launch(held: HeldSandbox, program: &Path) -> Result<Lease, Problem> {
     let HeldSandbox { directory, lock } = held;
     let temporary = directory.is_temporary();
     let (stream, supervisor) = match spawn(&directory, program, lock) {
@@ -443,6 +486,26 @@ impl Sandbox {
         Self { directory: directory.clone() }.let_go(Duration::ZERO).await
     }
 
+    /// Stops its machine's processors, or lets them go on.
+    ///
+    /// # Errors
+    /// If the supervisor cannot be reached or the machine does not obey.
+    pub async fn set_paused(&self, paused: bool) -> Result<(), Problem> {
+        self.done(&if paused { ControlRequest::Pause } else { ControlRequest::Resume }).await
+    }
+
+    /// Stops the machine to be saved. It goes on when what is returned is dropped.
+    pub(crate) async fn save(&self) -> Result<Standstill, Problem> {
+        let mut stream = self.send(&ControlRequest::Save).await?;
+        match frame::read(&mut stream).await {
+            Ok(ControlReply::Saved(saved)) => Ok(Standstill { stream, saved: *saved }),
+            Ok(ControlReply::Failed(problem)) => Err(problem),
+            Ok(_) => Err(out_of_turn()),
+            Err(error) if error.is_disconnect() => Err(self.failure().await),
+            Err(error) => Err(problem("control", &error, None)),
+        }
+    }
+
     /// Whether its supervisor answers. One that was just killed holds its locks until the kernel is done with it.
     pub(crate) async fn is_alive(&self) -> bool {
         let answer = tokio::time::timeout(PING_PATIENCE, self.ask(&ControlRequest::Ping)).await;
@@ -513,6 +576,32 @@ impl Sandbox {
         };
         frame::write(&mut stream, request).await.map_err(|error| problem("control", &error, None))?;
         Ok(stream)
+    }
+}
+
+/// A machine that stands still.
+#[derive(Debug)]
+pub(crate) struct Standstill {
+    stream: UnixStream,
+    saved: Saved,
+}
+
+impl Standstill {
+    /// What its devices hold, and which tables can be copied next.
+    pub(crate) fn saved(&self) -> Saved {
+        self.saved.clone()
+    }
+
+    /// Takes the next `length` bytes of what follows.
+    pub(crate) async fn copy(&mut self, length: u64, target: &mut std::fs::File) -> Result<(), Problem> {
+        if length > crate::files::table::BYTES_LIMIT {
+            return Err(plain("save", "the supervisor sends too much of its files", None));
+        }
+        let mut source = tokio::io::AsyncReadExt::take(&mut self.stream, length);
+        let mut target = tokio::fs::File::from_std(target.try_clone().map_err(io("save a machine"))?);
+        let copied = tokio::io::copy(&mut source, &mut target).await.map_err(io("save a machine"))?;
+        tokio::io::AsyncWriteExt::flush(&mut target).await.map_err(io("save a machine"))?;
+        if copied == length { Ok(()) } else { Err(plain("save", "the supervisor broke off", None)) }
     }
 }
 

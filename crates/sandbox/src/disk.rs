@@ -1,11 +1,10 @@
 //! The writable layer of a sandbox: a sparse ext4 image, made once per size and copied for each sandbox.
 
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use rustix::fs::SeekFrom as Region;
+use agentkernel_machine::memory::copy_sparsely;
 
 use crate::problem::{Problem, io, plain};
 use crate::state::{private_file, random_word};
@@ -22,14 +21,24 @@ pub(crate) const SMALLEST_MIB: u64 = 64;
 /// # Errors
 /// If `mke2fs` is missing or fails, or the disk is full.
 pub(crate) fn create(cache: &Path, size_mib: u64, target: &Path) -> Result<File, Problem> {
-    let template = template(cache, size_mib)?;
+    copy(&template(cache, size_mib)?, target)
+}
+
+/// Puts a copy of the writable layer `source` at `target`, which must not exist.
+///
+/// # Errors
+/// If the disk is full.
+pub(crate) fn copy(source: &Path, target: &Path) -> Result<File, Problem> {
     let what = || format!("write the disk {}", target.display());
-    let mut source = File::open(&template).map_err(io(format!("read {}", template.display())))?;
-    let mut file = private_file().create_new(true).open(target).map_err(io(what()))?;
-    if rustix::fs::ioctl_ficlone(&file, &source).is_err() {
-        copy_sparsely(&mut source, &mut file).map_err(io(what()))?;
+    let source = File::open(source).map_err(io(format!("read {}", source.display())))?;
+    let file = private_file().create_new(true).open(target).map_err(io(what()))?;
+    match copy_sparsely(&source, &file) {
+        Ok(()) => Ok(file),
+        Err(error) => {
+            let _ = fs::remove_file(target);
+            Err(io(what())(error))
+        }
     }
-    Ok(file)
 }
 
 /// Finds or makes the empty file system of this size.
@@ -74,38 +83,4 @@ fn make(path: &Path, size_mib: u64) -> Result<(), Problem> {
     }
     let said = String::from_utf8_lossy(&output.stderr);
     Err(plain("mke2fs-failed", format!("mke2fs failed ({}): {}", output.status, said.trim()), None))
-}
-
-/// Copies the regions that hold data; the rest stays a hole.
-fn copy_sparsely(source: &mut File, target: &mut File) -> std::io::Result<()> {
-    let length = source.metadata()?.len();
-    target.set_len(length)?;
-    let mut buffer = vec![0; 256 << 10];
-    let mut position = 0;
-    while position < length {
-        let start = match rustix::fs::seek(&*source, Region::Data(position)) {
-            Ok(start) => start,
-            Err(rustix::io::Errno::NXIO) => break,
-            Err(error) => return Err(error.into()),
-        };
-        let end = rustix::fs::seek(&*source, Region::Hole(start))?;
-        source.seek(SeekFrom::Start(start))?;
-        target.seek(SeekFrom::Start(start))?;
-        position = start;
-        while position < end {
-            let want = buffer.len().min(usize::try_from(end - position).unwrap_or(usize::MAX));
-            let count = source.read(&mut buffer[..want])?;
-            if count == 0 {
-                return Ok(());
-            }
-            // File systems that do not tell their holes (9p, some NFS) call everything data.
-            if buffer[..count].iter().all(|byte| *byte == 0) {
-                target.seek_relative(count as i64)?;
-            } else {
-                target.write_all(&buffer[..count])?;
-            }
-            position += count as u64;
-        }
-    }
-    Ok(())
 }

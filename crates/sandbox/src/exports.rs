@@ -7,7 +7,7 @@ use agentkernel_protocol::message::{Mount, MountMode};
 use serde_bytes::ByteBuf;
 
 use crate::files::{Access, Export, ExportError, FileServer, HostImageOptions};
-use crate::problem::{Problem, io, problem};
+use crate::problem::{Problem, io, plain, problem};
 use crate::project::{Workspace, WorkspaceMode};
 use crate::spec::{Image, MountSource, Spec};
 use crate::state::SandboxDirectory;
@@ -123,6 +123,23 @@ impl Exports {
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Served> {
         self.served.iter()
+    }
+
+    /// What the guest knows of each file system, by tag.
+    pub(crate) fn save(&self) -> Vec<(String, Vec<u8>)> {
+        self.served.iter().map(|served| (served.tag.clone(), served.server.save())).collect()
+    }
+
+    /// Goes on for the guest of servers that saved these.
+    pub(crate) fn adopt(&self, saved: &[(String, Vec<u8>)]) -> Result<(), Problem> {
+        for (tag, table) in saved {
+            let served = self.served.iter().find(|served| served.tag == *tag);
+            if !served.is_some_and(|served| served.server.adopt(table)) {
+                let message = format!("the saved machine's file system {tag} is not what this sandbox is served");
+                return Err(plain("restore", message, None));
+            }
+        }
+        Ok(())
     }
 
     /// Trees that are only read.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use agentkernel_protocol::message::ExecOutput;
 use serde::Serialize;
 
-use crate::client::{self, Lease, Sandbox};
+use crate::client::{self, Lease, Sandbox, Warmth};
 use crate::deadline::{self, Clocks, Deadline};
 use crate::executions::exit_code;
 use crate::problem::{Problem, io, plain};
@@ -37,7 +37,7 @@ pub async fn hold_to_start(directory: &SandboxDirectory) -> Result<Option<HeldSa
         if let Some(held) = directory.hold()? {
             return Ok(Some(held));
         }
-        if directory.phase() == Phase::Running {
+        if matches!(directory.phase(), Phase::Running | Phase::Paused) {
             match Sandbox::open(directory.clone()) {
                 Ok(sandbox) if sandbox.is_alive().await => return Ok(None),
                 Err(problem) if problem.code != "not-running" => return Ok(None),
@@ -62,7 +62,7 @@ pub async fn hold_to_start(directory: &SandboxDirectory) -> Result<Option<HeldSa
 /// Whatever kept it from starting; it is stopped then.
 pub async fn start(directory: &SandboxDirectory, program: &Path) -> Result<Option<Lease>, Problem> {
     match hold_to_start(directory).await? {
-        Some(held) => client::start(held, program).await.map(Some),
+        Some(held) => client::start(held, program, Warmth::Warm).await.map(Some),
         None => Ok(None),
     }
 }

@@ -6,6 +6,8 @@
 //! ├── cache/                  kernel, initramfs, empty disks, root file systems: all can be made again
 //! ├── last/                   change set of the last `run`
 //! ├── volumes/NAME/           named volumes: plain directories
+//! ├── templates/KEY/          booted machines that others begin with
+//! ├── snapshots/NAME/         machines that people saved
 //! ├── sandboxes/              one directory a sandbox, see below
 //! │   └── .lock               held shared while a sandbox is being made, exclusively while the dead are swept
 //! └── trash/                  directories being removed
@@ -15,6 +17,9 @@
 //! ├── spec.json               what was asked for
 //! ├── deadline.json           when its time to live is up, if it has one; `reaper` is held by who waits for that
 //! ├── temporary               there in a sandbox of `run`: dead, it is nobody's
+//! ├── template                there in one whose machine becomes a template; nobody sees it
+//! ├── restore.json            the saved machine it goes on from when it is started next
+//! ├── saved/                  a saved machine that is its own
 //! ├── live.json               what the supervisor says of itself while it lives
 //! ├── control.sock            where clients talk to the supervisor
 //! ├── disk.ext4               writable layer, sparse
@@ -63,6 +68,10 @@ const NEW_PREFIX: &str = ".new-";
 const LIVE: &str = "live.json";
 /// Name of the file that marks a sandbox of `run`.
 pub(crate) const TEMPORARY: &str = "temporary";
+/// Name of the file that marks a sandbox whose machine becomes a template.
+pub(crate) const TEMPLATE: &str = "template";
+/// Names of such sandboxes begin so.
+pub(crate) const TEMPLATE_PREFIX: &str = "template-";
 
 /// The state directory.
 #[derive(Clone, Debug)]
@@ -87,7 +96,7 @@ impl Home {
             ));
         }
         let path = fs::canonicalize(path).map_err(io(what()))?;
-        for name in ["cache", "sandboxes", "trash", "volumes"] {
+        for name in ["cache", "sandboxes", "snapshots", "templates", "trash", "volumes"] {
             make_directory(&path.join(name)).map_err(io(format!("make {}", path.join(name).display())))?;
         }
         let home = Self { path };
@@ -130,6 +139,16 @@ impl Home {
     /// Things that can be made again.
     pub fn cache(&self) -> PathBuf {
         self.path.join("cache")
+    }
+
+    /// Machines that were booted once, for others to begin with.
+    pub(crate) fn templates(&self) -> PathBuf {
+        self.path.join("templates")
+    }
+
+    /// Machines that people saved.
+    pub(crate) fn snapshots(&self) -> PathBuf {
+        self.path.join("snapshots")
     }
 
     /// The change set of the last `run`.
@@ -213,7 +232,7 @@ impl Home {
         }
         names.sort();
         let directory = |name| SandboxDirectory { path: self.sandboxes().join(name), home: self.clone() };
-        Ok(names.into_iter().map(directory).collect())
+        Ok(names.into_iter().map(directory).filter(|sandbox| !sandbox.is_template()).collect())
     }
 
     /// The sandbox called `name`, or the one with that UUID.
@@ -338,6 +357,8 @@ pub enum Phase {
     Starting,
     /// Programs can run.
     Running,
+    /// The machine's processors are stopped.
+    Paused,
     /// The machine is being ended.
     Stopping,
     /// No machine; everything else is there.
@@ -349,6 +370,7 @@ impl std::fmt::Display for Phase {
         formatter.pad(match self {
             Self::Starting => "starting",
             Self::Running => "running",
+            Self::Paused => "paused",
             Self::Stopping => "stopping",
             Self::Stopped => "stopped",
         })
@@ -423,6 +445,12 @@ impl SandboxDirectory {
     /// True for a sandbox of `run`.
     pub fn is_temporary(&self) -> bool {
         self.path.join(TEMPORARY).exists()
+    }
+
+    /// True for one whose machine becomes a template.
+    pub(crate) fn is_template(&self) -> bool {
+        let name = self.path.file_name().unwrap_or_default().as_encoded_bytes();
+        name.starts_with(TEMPLATE_PREFIX.as_bytes()) && self.path.join(TEMPLATE).exists()
     }
 
     fn lock_file(&self) -> std::io::Result<File> {
@@ -569,6 +597,23 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> std::io::Result<()> {
         let mut file = private_file().create_new(true).open(&draft)?;
         std::io::Write::write_all(&mut file, content)?;
         file.sync_all()?;
+        fs::rename(&draft, path)
+    };
+    write().inspect_err(|_| {
+        let _ = fs::remove_file(&draft);
+    })
+}
+
+/// As [`write_atomically`], but for what a crash of the host may lose.
+///
+/// # Errors
+/// Any of the steps.
+pub(crate) fn replace(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    let directory = path.parent().unwrap_or(Path::new("."));
+    let draft = directory.join(format!("{NEW_PREFIX}{}", random_word()));
+    let write = || {
+        let mut file = private_file().create_new(true).open(&draft)?;
+        std::io::Write::write_all(&mut file, content)?;
         fs::rename(&draft, path)
     };
     write().inspect_err(|_| {

@@ -38,7 +38,7 @@ pub(super) fn benchmark(arguments: &BenchmarkArguments) -> Result<u8, Problem> {
     let figures = block_on(async {
         let begun = Instant::now();
         let held = starting::create(&home, &launch, Life::Temporary, &arguments.sandbox)?;
-        let mut lease = starting::start(held, arguments.json).await?;
+        let mut lease = starting::start(held, arguments.json, arguments.sandbox.warmth()).await?;
         let start_ms = milliseconds(begun);
         let mut runs_ms = Vec::new();
         for _ in 0..arguments.count {

@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use agentkernel_sandbox::client::{Lease, Life};
+use agentkernel_sandbox::client::{Lease, Life, Warmth};
 use agentkernel_sandbox::configuration::language::{self, Project};
 use agentkernel_sandbox::configuration::{
     Configuration, ConfigurationError, NetworkMode, Profile, environment::parse_file,
@@ -258,11 +258,11 @@ pub(super) fn create(
 }
 
 /// Starts a sandbox and runs its init script, if it has one that did not run yet.
-pub(super) async fn start(held: HeldSandbox, quiet: bool) -> Result<Lease, Problem> {
+pub(super) async fn start(held: HeldSandbox, quiet: bool, warmth: Warmth) -> Result<Lease, Problem> {
     let program = environment::program()?;
     let mut status = ui::Status::new(!quiet);
     let lease = {
-        let starting = client::start(held, &program);
+        let starting = client::start(held, &program, warmth);
         tokio::pin!(starting);
         loop {
             tokio::select! {

@@ -1,6 +1,6 @@
 //! `agentkernel create`, `start`, `stop`, `rm`, `extend`, `gc`.
 
-use agentkernel_sandbox::client::Life;
+use agentkernel_sandbox::client::{Life, Warmth};
 use agentkernel_sandbox::deadline::rfc3339;
 use agentkernel_sandbox::inspect::SandboxInfo;
 use agentkernel_sandbox::state::{Home, SandboxDirectory};
@@ -31,7 +31,7 @@ pub(super) fn create(arguments: &mut CreateArguments) -> Result<u8, Problem> {
     } else {
         let started = block_on(async {
             tokio::select! {
-                lease = starting::start(held, quiet) => lease?.live_on().await.map(|_| None),
+                lease = starting::start(held, quiet, arguments.sandbox.warmth()) => lease?.live_on().await.map(|_| None),
                 code = run::interrupted() => Ok(Some(code)),
             }
         })?;
@@ -87,7 +87,7 @@ pub(super) fn start(arguments: &StartArguments) -> Result<u8, Problem> {
                 return Ok(());
             };
             tokio::select! {
-                lease = starting::start(held, false) => lease?.live_on().await.map(drop),
+                lease = starting::start(held, false, Warmth::Warm) => lease?.live_on().await.map(drop),
                 code = run::interrupted() => Err(plain("interrupted", format!("interrupted ({code})"), None)),
             }
         })?

@@ -67,7 +67,7 @@ async fn in_sandbox(
     let held = starting::create(home, launch, life, &arguments.sandbox)?;
     let directory = held.directory.clone();
     let start = tokio::select! {
-        lease = starting::start(held, quiet) => lease,
+        lease = starting::start(held, quiet, arguments.sandbox.warmth()) => lease,
         code = interrupted() => {
             lifecycle::remove(&directory, true).await.or_else(gone_is_fine)?;
             return Ok(code);

@@ -29,6 +29,7 @@ use tokio::task::{spawn_blocking, spawn_local};
 
 pub(crate) use reaper::Reaper;
 
+use crate::agent::Session;
 use crate::configure::{Layout, read_below};
 use crate::layers::root::StepRoot;
 use crate::system;
@@ -44,11 +45,13 @@ const OUTPUT_QUEUE: usize = 4;
 /// Runs one program for the host.
 ///
 /// # Errors
-/// If the host's stream breaks; the program is killed then.
+/// If the host's stream breaks. The program is killed then, unless all of the host's session ended: in a machine that was
+/// restored programs run on, and what they say is lost.
 pub(crate) async fn serve(
     reaper: Arc<Reaper>,
     layout: Arc<Layout>,
     wish: Exec,
+    session: Session,
     mut stream: Stream,
 ) -> Result<(), FrameError> {
     let timeout = wish.timeout_ms.map(Duration::from_millis);
@@ -63,13 +66,8 @@ pub(crate) async fn serve(
         Err(error) => return fail(&mut stream, ExecFailure::Other, error.to_string()).await,
     };
     let (reader, writer) = tokio::io::split(stream);
-    let mut program = Program { writer, cgroup: Rc::new(cgroup), root, layout, killed_before };
-    let result = program.run(spawned, reader, timeout).await;
-    if result.is_err() {
-        program.cgroup.kill();
-        program.dismantle().await;
-    }
-    result
+    let mut program = Program { writer, cgroup: Rc::new(cgroup), root, layout, killed_before, session };
+    program.run(spawned, reader, timeout).await
 }
 
 async fn fail(stream: &mut Stream, kind: ExecFailure, message: String) -> Result<(), FrameError> {
@@ -79,7 +77,7 @@ async fn fail(stream: &mut Stream, kind: ExecFailure, message: String) -> Result
 
 /// Everything that may touch a path, on a thread that may wait.
 fn start(reaper: &Reaper, layout: &Layout, wish: &Exec) -> Result<Started, Failure> {
-    let cgroup = Cgroup::create(&layout.cgroups, layout.process_limit)
+    let cgroup = Cgroup::create(&layout.cgroups, layout.process_limit())
         .map_err(|error| Failure::other("make a cgroup", &error))?;
     let root = wish.root.as_ref().map(|wish| StepRoot::assemble(&layout.layers, wish)).transpose();
     let root = root.map_err(|message| Failure { kind: ExecFailure::Other, message })?;
@@ -102,6 +100,7 @@ struct Program {
     root: Option<StepRoot>,
     layout: Arc<Layout>,
     killed_before: u64,
+    session: Session,
 }
 
 impl Program {
@@ -112,14 +111,15 @@ impl Program {
         timeout: Option<Duration>,
     ) -> Result<(), FrameError> {
         let Spawned { pid, status, stdin, outputs } = spawned;
-        frame::write(&mut self.writer, &ExecOutput::Started { pid }).await?;
+        let mut broken = frame::write(&mut self.writer, &ExecOutput::Started { pid }).await.err();
         let (sender, mut events) = mpsc::channel(OUTPUT_QUEUE);
         let (ended, end) = watch::channel(false);
         let timed_out = Rc::new(Cell::new(false));
         for output in outputs {
             spawn_local(output.pump(sender.clone(), end.clone()));
         }
-        let input = spawn_local(inputs(reader, stdin, sender.clone(), pid, self.cgroup.clone()));
+        let session = self.session.clone();
+        let input = spawn_local(inputs(reader, stdin, sender.clone(), pid, self.cgroup.clone(), session));
         let deadline = spawn_local(enforce(timeout, timed_out.clone(), self.cgroup.clone()));
         spawn_local(async move {
             // The reaper outlives every program, so a status always comes.
@@ -131,15 +131,24 @@ impl Program {
         // Ends when the program has ended, its outputs are read, and the input is stopped: then nobody sends any more.
         while let Some(event) = events.recv().await {
             match event {
-                Event::Say(message) => frame::write(&mut self.writer, &message).await?,
+                // Read on, so that a program which lives on is not stopped by a full pipe.
+                Event::Say(_) if broken.is_some() => {}
+                Event::Say(message) => broken = frame::write(&mut self.writer, &message).await.err(),
                 Event::Ended(ended) => {
                     status = Some(ended);
                     input.abort();
                     deadline.abort();
                 }
             }
+            if broken.is_some() && !self.session.is_over() {
+                self.cgroup.kill();
+                input.abort();
+            }
         }
         self.dismantle().await;
+        if let Some(error) = broken {
+            return Err(error);
+        }
         let exit = self.exit(status.unwrap_or(libc::SIGKILL), timed_out.get());
         frame::write(&mut self.writer, &ExecOutput::Exited(exit)).await?;
         Ok(self.writer.shutdown().await?)
@@ -180,13 +189,14 @@ async fn enforce(timeout: Option<Duration>, timed_out: Rc<Cell<bool>>, cgroup: R
 }
 
 /// Takes what the host sends, always: a signal never waits behind input that the program does not take. A host that is
-/// gone, or breaks its window, ends the program.
+/// gone, or breaks its window, ends the program; in a restored machine the program's input ends.
 async fn inputs(
     mut reader: ReadHalf<Stream>,
     stdin: Stdin,
     events: mpsc::Sender<Event>,
     pid: u32,
     cgroup: Rc<Cgroup>,
+    session: Session,
 ) {
     let group = i32::try_from(pid).unwrap_or(i32::MAX);
     let mut stdin = stdin.start(events);
@@ -208,7 +218,9 @@ async fn inputs(
             Ok(ExecInput::Kill) | Err(_) => false,
         };
         if !good {
-            cgroup.kill();
+            if !session.is_over() {
+                cgroup.kill();
+            }
             return;
         }
     }

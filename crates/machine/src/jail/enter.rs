@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use rustix::process::{Gid, Pid, Signal, Uid, getppid, set_parent_process_death_signal};
 use rustix::thread::UnshareFlags;
 
-use super::{Argument, FIRST_DESCRIPTOR, Layer, Orders, Report, Wall, filter, message, restrict, root};
+use super::{Argument, FIRST_DESCRIPTOR, Layer, Orders, Report, Wall, filter, message, opening, restrict, root};
 
 /// Above every descriptor that is passed on.
 const REPORT_DESCRIPTOR: i32 = 128;
@@ -132,6 +132,10 @@ fn run(
     restrict::landlock(orders, &descriptors, &paths, new_root, walls)?;
 
     filter::system_calls(walls);
+    if orders.asks {
+        let listener = opening::listen().map_err(doing("filter the call that opens the memory"))?;
+        message::send(report, &Report::Asks, &[listener.as_fd()]).map_err(doing("report"))?;
+    }
 
     message::send(report, &Report::Layers(walls.layers.clone()), &[]).map_err(doing("report"))?;
     let Some(program) = &orders.program else { return Ok(()) };

@@ -18,6 +18,7 @@
 mod enter;
 mod filter;
 mod message;
+mod opening;
 mod restrict;
 mod root;
 mod spawn;
@@ -133,6 +134,8 @@ struct Orders {
     identity: Option<u32>,
     limits: Limits,
     without: Vec<Wall>,
+    /// The first file it opens for reading and writing is answered from outside ([`JailConfig::opened`]).
+    asks: bool,
 }
 
 /// What the guarded process answers.
@@ -140,6 +143,8 @@ struct Orders {
 #[serde(rename_all = "kebab-case")]
 enum Report {
     Layers(Vec<Layer>),
+    /// Beside it goes where its open call is to be answered.
+    Asks,
     Failed(String),
 }
 
@@ -158,6 +163,7 @@ pub async fn probe(launcher: &Path) -> Result<Vec<Layer>, JailError> {
         identity: None,
         limits: Limits { file_size_bytes: 0, address_space_bytes: None, open_files: 64, processes: 16 },
         without: Vec::new(),
+        opened: None,
         watchers: None,
     };
     Ok(spawn(config).await?.layers().to_vec())

@@ -1,5 +1,6 @@
 //! The supervisor's side: start the jail, give it its orders, hear which walls stand, and wait for its end.
 
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -12,7 +13,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::sync::{oneshot, watch};
 
-use super::{Argument, Layer, Limits, Orders, Report, VERB, Wall, message};
+use super::{Argument, Layer, Limits, Orders, Report, VERB, Wall, message, opening};
 
 /// Setting up takes milliseconds; a host so busy that it takes this long is not usable.
 const SETUP_LIMIT: Duration = Duration::from_secs(20);
@@ -47,6 +48,8 @@ pub struct JailConfig {
     pub limits: Limits,
     /// Walls to leave out, to try the others alone.
     pub without: Vec<Wall>,
+    /// What the first file that the program opens for reading and writing turns out to be: this one, as it was opened here.
+    pub opened: Option<File>,
     /// What the threads that watch the process do once it runs, before anything of it is read.
     pub watchers: Option<Confinement>,
 }
@@ -145,6 +148,8 @@ struct Started {
     pid: Pid,
     handle: OwnedFd,
     layers: Vec<Layer>,
+    /// Where the program's open call arrives.
+    listener: Option<OwnedFd>,
 }
 
 /// Starts a process in the jail, on a thread of its own that lives as long as the process.
@@ -162,13 +167,20 @@ pub async fn spawn(config: JailConfig) -> Result<Jailed, JailError> {
         .name("machine".to_owned())
         .spawn(move || {
             let mut config = config;
-            let (child, started) = match start(&config, &orders) {
+            let (child, mut started) = match start(&config, &orders) {
                 Ok(running) => running,
                 Err(error) => return drop(started_in.send(Err(error))),
             };
+            let listener = started.listener.take();
             if let Some(Err(reason)) = config.watchers.take().map(|confine| confine()) {
                 drop(kill_and_reap(child));
                 return drop(started_in.send(Err(JailError::Setup { reason })));
+            }
+            if let (Some(listener), Some(file)) = (listener, config.opened.take()) {
+                // After that the listener is closed, and nothing else is ever answered. A program that did not ask ends
+                // by itself, and says why.
+                let asked = move || opening::answer(&listener, &file);
+                drop(thread::Builder::new().name("machine-memory".to_owned()).spawn(asked));
             }
             // The caller is gone: so is the reason for the process.
             let mut child = if started_in.send(Ok(started)).is_err() { kill_and_reap(child) } else { child };
@@ -178,7 +190,7 @@ pub async fn spawn(config: JailConfig) -> Result<Jailed, JailError> {
             ended_in.send_replace(Some(Ended { status, errors: errors.collect() }));
         })
         .map_err(|source| JailError::Start { launcher, source })?;
-    let Started { pid, handle, layers } =
+    let Started { pid, handle, layers, .. } =
         started.await.map_err(|_| talk(io::Error::other("the machine's thread ended")))??;
     Ok(Jailed { pid, handle, layers, identity, ended })
 }
@@ -220,6 +232,7 @@ fn orders(config: &JailConfig, identity: Option<u32>) -> Result<Orders, JailErro
         identity,
         limits: config.limits,
         without: config.without.clone(),
+        asks: config.opened.is_some(),
     })
 }
 
@@ -268,15 +281,16 @@ fn negotiate(
     let pid = pid.ok_or_else(|| talk(io::Error::other("the process has no id")))?;
     let handle = pidfd_open(pid, PidfdFlags::empty()).map_err(|error| talk(error.into()))?;
     message::send(socket, orders, &descriptors).map_err(talk)?;
-    let mut layers = None;
-    while let Some((report, _)) = message::receive::<Report>(socket).map_err(talk)? {
+    let (mut layers, mut listener) = (None, None);
+    while let Some((report, mut sent)) = message::receive::<Report>(socket).map_err(talk)? {
         match report {
             Report::Layers(reported) => layers = Some(reported),
+            Report::Asks => listener = sent.pop(),
             Report::Failed(reason) => return Err(JailError::Setup { reason }),
         }
     }
     let layers = layers.ok_or_else(|| talk(io::ErrorKind::UnexpectedEof.into()))?;
-    Ok(Started { pid, handle, layers })
+    Ok(Started { pid, handle, layers, listener })
 }
 
 /// Reads a process's standard error to its end, so that the process never waits, and keeps the last of it.

@@ -11,6 +11,11 @@ use crate::jail::{Argument, FIRST_DESCRIPTOR};
 /// The name under which the guest finds the agent's port.
 pub const AGENT_PORT: &str = "org.agentkernel.agent";
 
+/// What QEMU is told is the file behind a restored machine's memory; what it gets instead is decided outside the jail.
+const MEMORY_PATH: &str = "/memory";
+/// The set of descriptors that the state of devices is written to.
+pub(super) const DEVICES_SET: &str = "/dev/fdset/100";
+
 /// Translated code kept, in MiB. QEMU's own choice grows with the guest's memory up to 1 GiB.
 const TRANSLATION_MIB: u32 = 256;
 
@@ -59,7 +64,20 @@ impl Plan {
         }
         plan.option("-display", "none");
         // Distribution kernels find virtio over ACPI only: Debian's ignores virtio devices named on its command line.
-        plan.option("-M", "microvm,acpi=on,usb=off,pcie=off,auto-kernel-cmdline=off");
+        plan.option(
+            "-M",
+            "microvm,acpi=on,usb=off,pcie=off,auto-kernel-cmdline=off,suppress-vmdesc=on,memory-backend=memory",
+        );
+        let size = config.memory_mib;
+        plan.option(
+            "-object",
+            &match &config.restore {
+                // Shared with nobody, but for whoever copies it when the machine is saved.
+                None => format!("memory-backend-memfd,id=memory,size={size}M,share=on"),
+                // What the machine writes is its own; what it does not is shared with all that are restored of it.
+                Some(_) => format!("memory-backend-file,id=memory,size={size}M,share=off,mem-path={MEMORY_PATH}"),
+            },
+        );
         plan.option("-accel", &accelerator);
         plan.option("-cpu", processor);
         plan.option("-smp", &config.vcpus.to_string());
@@ -111,6 +129,21 @@ impl Plan {
         }
         let options = self.kernel_options.join(" ");
         self.option("-append", &options);
+    }
+
+    /// In place of [`Self::boot`]: goes on where a saved machine stopped. Its kernel is in its memory.
+    pub(super) fn restore(&mut self, devices: OwnedFd) {
+        let number = self.descriptor(devices);
+        // `xen-save-devices-state` leaves the section of that name out.
+        self.option("-global", "migration.send-configuration=off");
+        self.option("-incoming", &format!("fd:{number}"));
+    }
+
+    /// Where the state of the devices goes when the machine is saved.
+    pub(super) fn devices(&mut self, devices: OwnedFd) {
+        let number = self.descriptor(devices);
+        let set = DEVICES_SET.trim_start_matches("/dev/fdset/");
+        self.option("-add-fd", &format!("fd={number},set={set}"));
     }
 
     pub(super) fn disks(&mut self, disks: Vec<Disk>) {

@@ -43,6 +43,8 @@ pub const PROGRAM: &str = "qemu-system-x86_64";
 /// `microvm` has 24 virtio transports; the port and the entropy source take two.
 const DISK_LIMIT: usize = 16;
 const CPU_LIMIT: u32 = 64;
+/// Most that the devices of a machine hold, in bytes; 100 KiB are usual.
+const DEVICES_LIMIT: u64 = 64 << 20;
 /// What a machine needs beside its guest's memory: QEMU itself and its translated code.
 pub(crate) const OVERHEAD_MIB: u64 = 192;
 /// QEMU's libraries, stacks and allocator arenas: address space, not memory.
@@ -52,6 +54,8 @@ const ADDRESS_SPACE_MIB: u64 = 6144;
 pub struct MachineConfig {
     /// What it boots.
     pub kernel: Kernel,
+    /// A saved machine that it goes on from instead of booting. Everything else here must be as it was when that was saved.
+    pub restore: Option<Restore>,
     /// How its processors are run.
     pub accelerator: Accelerator,
     /// Its processors, at least one.
@@ -72,6 +76,16 @@ pub struct MachineConfig {
     pub kernel_arguments: Vec<String>,
     /// What the threads that watch the machine's process do to confine themselves once it runs.
     pub watchers: Option<jail::Confinement>,
+}
+
+/// A saved machine.
+#[derive(Debug)]
+pub struct Restore {
+    /// Its memory, of exactly the machine's size. It is mapped privately, and nothing that the machine's process does can
+    /// change it.
+    pub memory: File,
+    /// What [`Machine::save`] gave.
+    pub devices: Vec<u8>,
 }
 
 /// A disk of a machine.
@@ -179,6 +193,7 @@ pub struct QemuMachine {
     console: Arc<Mutex<Console>>,
     killed: AtomicBool,
     hardware: bool,
+    devices: Arc<Devices>,
 }
 
 /// Starts a machine. Returns as soon as its process runs; whether the guest comes up is seen on the stream, and
@@ -190,18 +205,28 @@ pub async fn start(config: MachineConfig) -> Result<QemuMachine, StartError> {
     let clock = clock::Measurement::begin();
     check(&config)?;
     let program = find().ok_or(StartError::NotInstalled)?;
-    let kernel = open(&config.kernel.vmlinux)?;
-    let initramfs = open(&config.kernel.initramfs)?;
     let sockets = |source| StartError::Sockets { source };
     let (qmp, qmp_end) = pair().map_err(sockets)?;
     let (stream, stream_end) = pair().map_err(sockets)?;
     let (serial, serial_end) = pair().map_err(sockets)?;
 
+    let limits = limits(&config);
     let mut plan = arguments::Plan::new(&config);
     plan.sockets(qmp_end.into(), stream_end.into(), serial_end.into());
-    plan.boot(kernel.into(), initramfs.into(), clock.finish(config.accelerator).await);
+    let devices = Devices::new().map_err(sockets)?;
+    plan.devices(devices.write.try_clone().map_err(sockets)?.into());
+    let opened = match config.restore {
+        Some(restore) => {
+            plan.restore(anonymous("restored", &restore.devices).map_err(sockets)?.into());
+            Some(restore.memory)
+        }
+        None => {
+            let (kernel, initramfs) = (open(&config.kernel.vmlinux)?, open(&config.kernel.initramfs)?);
+            plan.boot(kernel.into(), initramfs.into(), clock.finish(config.accelerator).await);
+            None
+        }
+    };
     let hardware = config.accelerator == Accelerator::Kvm;
-    let limits = limits(&config);
     let log = config.console_log;
     plan.disks(config.disks.into_iter().map(least_access).collect::<Result<_, _>>()?);
     let (arguments, descriptors) = plan.finish(config.inherit);
@@ -215,6 +240,7 @@ pub async fn start(config: MachineConfig) -> Result<QemuMachine, StartError> {
         identity: config.machine_uid,
         limits,
         without: Vec::new(),
+        opened,
         watchers: config.watchers,
     };
     let process = jail::spawn(jail).await?;
@@ -228,7 +254,48 @@ pub async fn start(config: MachineConfig) -> Result<QemuMachine, StartError> {
         console,
         killed: AtomicBool::new(false),
         hardware,
+        devices: Arc::new(devices),
     })
+}
+
+/// Where QEMU writes the state of its devices: a file in memory that it can only write.
+#[derive(Debug)]
+struct Devices {
+    read: File,
+    /// The same open file as QEMU's: its position is set here before each writing.
+    write: File,
+}
+
+impl Devices {
+    fn new() -> io::Result<Self> {
+        let read = anonymous("devices", b"")?;
+        let write = File::options().write(true).open(format!("/proc/self/fd/{}", read.as_raw_fd()))?;
+        Ok(Self { read, write })
+    }
+
+    fn clear(&self) -> io::Result<()> {
+        self.write.set_len(0)?;
+        rustix::fs::seek(&self.write, rustix::fs::SeekFrom::Start(0))?;
+        Ok(())
+    }
+
+    fn content(&self) -> io::Result<Vec<u8>> {
+        let length = self.read.metadata()?.len();
+        if length == 0 || length > DEVICES_LIMIT {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{length} bytes of state")));
+        }
+        let mut content = vec![0; usize::try_from(length).map_err(io::Error::other)?];
+        std::os::unix::fs::FileExt::read_exact_at(&self.read, &mut content, 0)?;
+        Ok(content)
+    }
+}
+
+/// A file that lies in memory only.
+fn anonymous(name: &str, content: &[u8]) -> io::Result<File> {
+    let mut file = File::from(rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC)?);
+    io::Write::write_all(&mut file, content)?;
+    rustix::fs::seek(&file, rustix::fs::SeekFrom::Start(0))?;
+    Ok(file)
 }
 
 fn check(config: &MachineConfig) -> Result<(), StartError> {
@@ -283,7 +350,8 @@ fn limits(config: &MachineConfig) -> Limits {
     let largest = config.disks.iter().filter(|disk| !disk.read_only);
     let largest = largest.filter_map(|disk| disk.file.metadata().ok()).map(|data| data.len()).max();
     Limits {
-        file_size_bytes: largest.unwrap_or(0),
+        // The memory is a file, too.
+        file_size_bytes: largest.unwrap_or(0).max(u64::from(config.memory_mib) << 20),
         address_space_bytes: Some((u64::from(config.memory_mib) + ADDRESS_SPACE_MIB) << 20),
         open_files: 256,
         processes: 128 + u64::from(config.vcpus),
@@ -323,7 +391,7 @@ impl QemuMachine {
 
 impl Machine for QemuMachine {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { pause: true, save: false, own_kernel: true, hardware: self.hardware }
+        Capabilities { pause: true, save: true, own_kernel: true, hardware: self.hardware }
     }
 
     fn take_stream(&self) -> Option<UnixStream> {
@@ -336,6 +404,17 @@ impl Machine for QemuMachine {
 
     fn resume(&self) -> Work<'_, Result<(), MachineError>> {
         Box::pin(self.qmp.execute("cont", "resume"))
+    }
+
+    fn save(&self) -> Work<'_, Result<Vec<u8>, MachineError>> {
+        Box::pin(async move {
+            let failed = |error: io::Error| MachineError::NoAnswer { reason: format!("its state: {error}") };
+            self.devices.clear().map_err(failed)?;
+            // `live` keeps the disks in use: the machine goes on.
+            let arguments = serde_json::json!({ "filename": arguments::DEVICES_SET, "live": true });
+            self.qmp.execute_with("xen-save-devices-state", &arguments, "save its devices").await?;
+            self.devices.content().map_err(failed)
+        })
     }
 
     fn wait(&self) -> Work<'_, Exit> {

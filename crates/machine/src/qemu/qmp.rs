@@ -1,4 +1,4 @@
-//! QEMU's control protocol, as far as it is needed: commands without arguments, one at a time.
+//! QEMU's control protocol, as far as it is needed: commands one at a time, answers that only say yes or no.
 //!
 //! What comes back is not trusted more than the guest: a line is bounded, an answer awaited for a bounded time, and
 //! whatever breaks the protocol ends the connection (and not the machine, which is ended by its process).
@@ -70,13 +70,23 @@ impl Qmp {
         command: &'static str,
         action: &'static str,
     ) -> Result<(), MachineError> {
+        self.execute_with(command, &serde_json::json!({}), action).await
+    }
+
+    /// The same with arguments.
+    pub(super) async fn execute_with(
+        &self,
+        command: &'static str,
+        arguments: &serde_json::Value,
+        action: &'static str,
+    ) -> Result<(), MachineError> {
         let mut inner = self.inner.lock().await;
         let work = async {
             if !inner.greeted {
-                inner.ask("qmp_capabilities", action).await?;
+                inner.ask("qmp_capabilities", &serde_json::json!({}), action).await?;
                 inner.greeted = true;
             }
-            inner.ask(command, action).await
+            inner.ask(command, arguments, action).await
         };
         let late = || MachineError::NoAnswer { reason: format!("no answer to {command} in time") };
         tokio::time::timeout(ANSWER_LIMIT, work).await.map_err(|_| late())?
@@ -84,10 +94,16 @@ impl Qmp {
 }
 
 impl Inner {
-    async fn ask(&mut self, command: &str, action: &'static str) -> Result<(), MachineError> {
+    async fn ask(
+        &mut self,
+        command: &str,
+        arguments: &serde_json::Value,
+        action: &'static str,
+    ) -> Result<(), MachineError> {
         let id = self.next;
         self.next += 1;
-        let line = format!("{{\"execute\":\"{command}\",\"id\":{id}}}\n");
+        let command = serde_json::json!({ "execute": command, "arguments": arguments, "id": id });
+        let line = format!("{command}\n");
         self.writer.write_all(line.as_bytes()).await.map_err(|_| MachineError::Ended)?;
         loop {
             let answer = self.answers.recv().await.ok_or(MachineError::Ended)?;

@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 
+use super::table::SavedHandle;
+
 /// Most handles of one guest.
 const HANDLE_LIMIT: usize = 16 * 1024;
 /// Most files kept open between reads.
@@ -68,6 +70,25 @@ impl Handles {
 
     pub(super) fn len(&self) -> usize {
         self.open().len()
+    }
+
+    /// All handles, and the id given last.
+    pub(super) fn save(&self) -> (Vec<SavedHandle>, u64) {
+        let open = self.open();
+        let saved = open.iter().map(|(&id, handle)| SavedHandle {
+            id,
+            node: handle.node,
+            readable: handle.readable,
+            writable: handle.writable,
+        });
+        (saved.collect(), self.last.load(Ordering::Relaxed))
+    }
+
+    /// Takes over handles that were opened again.
+    pub(super) fn adopt(&self, handles: impl IntoIterator<Item = (u64, Handle)>, last: u64) {
+        let mut open = self.open();
+        open.extend(handles.into_iter().take(HANDLE_LIMIT).map(|(id, handle)| (id, Arc::new(handle))));
+        self.last.store(last, Ordering::Relaxed);
     }
 }
 

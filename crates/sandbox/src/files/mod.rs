@@ -20,6 +20,7 @@ mod export;
 mod host;
 mod nodes;
 mod server;
+pub(crate) mod table;
 mod toolchains;
 mod view;
 

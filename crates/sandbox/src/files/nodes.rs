@@ -13,13 +13,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::fs::Stat;
 use rustix::io::Errno;
 
-use super::abi::{MAX_PATH, ROOT};
+use super::abi::{MAX_NAME, MAX_PATH, ROOT};
+use super::table::SavedNode;
 
 /// Most nodes of one server. A guest's kernel spends over a KiB of its own memory on each.
 const LIMIT: usize = 1 << 20;
 
 /// What a node was when it was looked up: a file that replaced it is another node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(super) struct Identity {
     device: u64,
     inode: u64,
@@ -138,6 +139,56 @@ impl Nodes {
         }
     }
 
+    /// All nodes, parents or not before their children, and the next one's id.
+    pub(super) fn save(&self) -> (Vec<SavedNode>, u64) {
+        let table = self.table();
+        let saved = table.nodes.iter().map(|(&id, node)| SavedNode {
+            id,
+            parent: node.parent,
+            name: serde_bytes::ByteBuf::from(&*node.name),
+            lookups: node.lookups,
+            identity: node.identity,
+            version: None,
+        });
+        (saved.collect(), table.next)
+    }
+
+    /// Takes over what [`Self::save`] gave, in place of all there is; the root stays this server's. False, and nothing is
+    /// taken over, where the nodes make no tree.
+    pub(super) fn adopt(&self, saved: Vec<SavedNode>, next: u64) -> bool {
+        let mut table = self.table();
+        let Some(root) = table.nodes.get(&ROOT).map(|root| root.identity) else { return false };
+        if saved.len() > table.limit {
+            return false;
+        }
+        let mut nodes: HashMap<u64, Node> = HashMap::with_capacity(saved.len());
+        let mut places = Vec::new();
+        for node in saved {
+            let name: Arc<[u8]> = Arc::from(node.name.as_slice());
+            places.extend(node.parent.map(|parent| (node.id, parent, Arc::clone(&name))));
+            let (id, lookups) = (node.id, node.lookups);
+            let identity = if id == ROOT { root } else { node.identity };
+            let good = id < next && (id == ROOT && node.parent.is_none() || is_name(&name));
+            let node = Node { parent: node.parent, name, children: BTreeMap::new(), lookups, identity };
+            if !good || nodes.insert(id, node).is_some() {
+                return false;
+            }
+        }
+        for (id, parent, name) in places {
+            // A tree: each has one parent, which is there, and no way up leads back.
+            let Some(above) = nodes.get_mut(&parent) else { return false };
+            if above.children.insert(name, id).is_some() {
+                return false;
+            }
+        }
+        let adopted = Table { nodes, next, limit: table.limit };
+        if !adopted.nodes.contains_key(&ROOT) || !adopted.is_forest() {
+            return false;
+        }
+        *table = adopted;
+        true
+    }
+
     /// Detaches the node called `name` in `parent`: the file has gone.
     pub(super) fn detach(&self, parent: u64, name: &[u8]) {
         self.table().unlink(parent, name);
@@ -174,6 +225,15 @@ impl Nodes {
             }
         }
     }
+}
+
+/// Whether it can be the name of a file in a directory.
+fn is_name(name: &[u8]) -> bool {
+    !name.is_empty()
+        && name.len() <= MAX_NAME
+        && name != b"."
+        && name != b".."
+        && !name.iter().any(|byte| matches!(byte, b'/' | 0))
 }
 
 impl Table {
@@ -218,6 +278,26 @@ impl Table {
         } else {
             self.sweep(id);
         }
+    }
+
+    /// Whether every way up ends.
+    fn is_forest(&self) -> bool {
+        let mut ends = std::collections::HashSet::new();
+        self.nodes.keys().all(|&id| {
+            let (mut at, mut way) = (id, Vec::new());
+            while !ends.contains(&at) {
+                if way.len() > self.nodes.len() {
+                    return false;
+                }
+                way.push(at);
+                match self.nodes.get(&at).and_then(|node| node.parent) {
+                    Some(parent) => at = parent,
+                    None => break,
+                }
+            }
+            ends.extend(way);
+            true
+        })
     }
 
     /// Whether `id` is `ancestor` or lies below it.
@@ -304,6 +384,45 @@ mod tests {
         nodes.forget(inner, 1);
         nodes.forget(outer, 1);
         assert_eq!(nodes.len(), 1);
+    }
+
+    #[test]
+    fn another_table_takes_the_nodes_over() {
+        let nodes = Nodes::new(identity(1));
+        let directory = nodes.enter(ROOT, b"a", identity(2)).unwrap();
+        let file = nodes.enter(directory, b"b", identity(3)).unwrap();
+        let gone = nodes.enter(ROOT, b"gone", identity(4)).unwrap();
+        nodes.detach(ROOT, b"gone");
+        let (saved, next) = nodes.save();
+        let other = Nodes::new(identity(9));
+        assert!(other.adopt(saved, next));
+        assert_eq!(other.path(file), Ok((b"a/b".to_vec(), identity(3))));
+        assert_eq!(other.path(ROOT), Ok((Vec::new(), identity(9))));
+        assert_eq!(other.path(gone), Err(Errno::STALE));
+        assert!(other.enter(ROOT, b"new", identity(5)).unwrap() > gone);
+        other.forget(file, 1);
+        other.forget(directory, 1);
+        other.forget(gone, 1);
+        assert_eq!(other.len(), 2);
+    }
+
+    #[test]
+    fn a_table_that_is_no_tree_is_refused() {
+        let nodes = Nodes::new(identity(1));
+        nodes.enter(ROOT, b"a", identity(2)).unwrap();
+        let damaged: [fn(&mut Vec<SavedNode>); 5] = [
+            |saved| saved.iter_mut().for_each(|node| node.name = serde_bytes::ByteBuf::from("..")),
+            |saved| saved.retain(|node| node.id != ROOT),
+            |saved| saved.iter_mut().for_each(|node| node.parent = Some(node.id)),
+            |saved| saved.iter_mut().filter(|node| node.id != ROOT).for_each(|node| node.parent = Some(77)),
+            |saved| saved.iter_mut().for_each(|node| node.id = 5),
+        ];
+        for damage in damaged {
+            let (mut saved, next) = nodes.save();
+            damage(&mut saved);
+            assert!(!nodes.adopt(saved, next));
+        }
+        assert_eq!(nodes.len(), 2);
     }
 
     #[test]

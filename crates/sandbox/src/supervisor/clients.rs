@@ -16,6 +16,7 @@ use tokio::sync::{Mutex, Semaphore, mpsc};
 
 use super::detached::Detached;
 use super::relay;
+use super::still::Still;
 use crate::collect;
 use crate::exports::Exports;
 use crate::problem::{Problem, plain, problem};
@@ -52,6 +53,7 @@ pub(super) struct Clients {
     detached: Detached,
     /// One change set is recorded at a time.
     collecting: Mutex<()>,
+    still: Still,
     stops: mpsc::Sender<Stop>,
 }
 
@@ -61,16 +63,26 @@ impl Clients {
         spec: Arc<Spec>,
         directory: PathBuf,
         exports: Arc<Exports>,
+        still: Still,
         stops: mpsc::Sender<Stop>,
     ) -> Self {
         let detached = Detached::new(directory.clone(), spec.name.clone());
-        Self { opener, spec, directory, exports, detached, collecting: Mutex::new(()), stops }
+        Self { opener, spec, directory, exports, detached, collecting: Mutex::new(()), still, stops }
+    }
+
+    /// What stops the machine and lets it go on.
+    pub(super) fn still(&self) -> &Still {
+        &self.still
     }
 
     async fn serve(&self, mut client: UnixStream) -> Result<(), Problem> {
         let refused = |error: &dyn std::error::Error| problem("control", error, None);
         let request = tokio::time::timeout(REQUEST_PATIENCE, frame::read(&mut client)).await;
-        let reply = match request.map_err(|error| refused(&error))?.map_err(|error| refused(&error))? {
+        let request = request.map_err(|error| refused(&error))?.map_err(|error| refused(&error))?;
+        if self.still.is_paused() && asks_the_guest(&request) {
+            return self.refuse_while_paused(client, &request).await;
+        }
+        let reply = match request {
             ControlRequest::Guest(request) => return self.relay(client, *request).await,
             ControlRequest::Attach { id, size } => {
                 self.detached.attach(&id, size, client).await;
@@ -82,6 +94,16 @@ impl Clients {
                 return Ok(());
             }
             ControlRequest::Ping => Ok(ControlReply::Done),
+            ControlRequest::Pause => self.still.pause().await.map(|()| ControlReply::Done),
+            ControlRequest::Resume => self.still.resume().await.map(|()| ControlReply::Done),
+            ControlRequest::Save => {
+                let _alone = self.collecting.lock().await;
+                match self.still.save(&mut client, &self.exports).await {
+                    // It has closed the connection.
+                    Ok(()) => return Ok(()),
+                    Err(problem) => Err(problem),
+                }
+            }
             ControlRequest::Detach { exec, interactive } => self.detach(*exec, interactive).await,
             ControlRequest::Signal { id, signal } => {
                 self.detached.signal(&id, signal).await.map(|()| ControlReply::Done)
@@ -103,6 +125,29 @@ impl Clients {
         };
         let reply = reply.unwrap_or_else(ControlReply::Failed);
         frame::write(&mut client, &reply).await.map_err(|error| refused(&error))
+    }
+
+    async fn refuse_while_paused(
+        &self,
+        mut client: UnixStream,
+        request: &ControlRequest,
+    ) -> Result<(), Problem> {
+        let name = &self.spec.name;
+        let hint = format!("agentkernel resume {name}");
+        let message = format!("{name} is paused");
+        let told = match request {
+            // Its clients read what a guest says.
+            ControlRequest::Guest(request) => match **request {
+                Request::Exec(_) => {
+                    let message = format!("{message}: {hint}");
+                    frame::write(&mut client, &ExecOutput::Failed { kind: ExecFailure::Other, message }).await
+                }
+                // The end of the stream says it.
+                _ => Ok(()),
+            },
+            _ => frame::write(&mut client, &ControlReply::Failed(plain("paused", message, Some(&hint)))).await,
+        };
+        told.map_err(|error| problem("control", &error, None))
     }
 
     /// Opens a stream to the guest that begins with `request`.
@@ -178,6 +223,17 @@ impl Clients {
         }
         Ok(durations)
     }
+}
+
+/// Whether the guest would have to answer.
+fn asks_the_guest(request: &ControlRequest) -> bool {
+    matches!(
+        request,
+        ControlRequest::Guest(_)
+            | ControlRequest::Detach { .. }
+            | ControlRequest::Changes
+            | ControlRequest::Measure { .. }
+    )
 }
 
 /// Serves clients for ever.

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 
 use agentkernel_machine::Machine;
 use agentkernel_machine::accelerator::{self, Accelerator};
@@ -10,6 +11,7 @@ use agentkernel_machine::qemu::{self, Disk, DiskDurability, MachineConfig};
 use tokio::net::UnixStream;
 
 use crate::problem::{Problem, io, plain, problem};
+use crate::saved::Fingerprint;
 use crate::spec::{Image, Spec};
 use crate::state::SandboxDirectory;
 use crate::{disk, state};
@@ -21,7 +23,7 @@ pub(super) const WRITABLE_SERIAL: &str = "writable";
 
 /// A machine that was started, and the stream to its agent.
 pub(super) struct Started {
-    pub machine: Box<dyn Machine>,
+    pub machine: Arc<dyn Machine>,
     pub accelerator: Accelerator,
     stream: Option<UnixStream>,
 }
@@ -33,12 +35,14 @@ impl Started {
     }
 }
 
-/// Starts the machine of `spec`, whose process keeps `lock` open as long as it lives.
+/// Starts the machine of `spec`, whose process keeps `lock` open as long as it lives. It boots, or goes on from what is
+/// restored.
 pub(super) async fn start(
     spec: &Spec,
     directory: &SandboxDirectory,
     program: &Path,
     lock: &File,
+    restore: Option<(qemu::Restore, &Fingerprint)>,
     console: impl FnMut(&[u8]) + Send + 'static,
     watchers: impl FnOnce() -> Result<(), String> + Send + 'static,
 ) -> Result<Started, Problem> {
@@ -50,8 +54,15 @@ pub(super) async fn start(
         let message = "the sandbox requires hardware virtualisation, which this machine has no longer";
         return Err(plain("no-hardware", message, Some("agentkernel doctor")));
     }
+    if let Some((_, saved)) = &restore
+        && let Some(what) = Fingerprint::of(&kernel, spec).difference(saved)
+    {
+        let message = format!("the saved machine cannot go on here: it was saved with {what}");
+        return Err(plain("restore-mismatch", message, Some("take a new snapshot where it is to be restored")));
+    }
     let config = MachineConfig {
         kernel,
+        restore: restore.map(|(machine, _)| machine),
         accelerator,
         vcpus: spec.vcpus,
         memory_mib: u32::try_from(spec.memory_mib)
@@ -67,7 +78,7 @@ pub(super) async fn start(
     let machine =
         qemu::start(config).await.map_err(|error| problem("machine-start", &error, error.hint()))?;
     let stream = machine.take_stream();
-    Ok(Started { machine: Box::new(machine), stream, accelerator })
+    Ok(Started { machine: Arc::new(machine), stream, accelerator })
 }
 
 fn disks(spec: &Spec, directory: &SandboxDirectory) -> Result<Vec<Disk>, Problem> {

@@ -22,6 +22,7 @@ mod detached;
 mod machine;
 mod relay;
 mod session;
+mod still;
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};

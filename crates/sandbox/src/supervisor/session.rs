@@ -9,7 +9,9 @@ use std::time::Duration;
 use agentkernel_machine::accelerator::Accelerator;
 use agentkernel_protocol::control::{ControlReply, Event, LeaseInput};
 use agentkernel_protocol::frame;
-use agentkernel_protocol::message::{Configure, File, Programs, Reply, Request, Root, Writable};
+use agentkernel_protocol::message::{
+    Assemble, Configure, File, Furnish, Identity, Programs, Reply, Request, Root, Writable,
+};
 use agentkernel_protocol::mux::{self, Opener};
 use agentkernel_protocol::record::Port;
 use serde_bytes::ByteBuf;
@@ -19,6 +21,7 @@ use tokio::sync::mpsc;
 
 use super::clients::{self, Clients, Stop};
 use super::confine::{Reach, confine, confine_thread};
+use super::still::Still;
 use super::{CONTROL_SOCKET, Inherited, machine, relay};
 use crate::collect;
 use crate::deadline::{self, Clocks, unix_ms};
@@ -27,8 +30,9 @@ use crate::lifecycle;
 use crate::problem::{Problem, io, plain, problem};
 use crate::project::WorkspaceMode;
 use crate::record::Record;
-use crate::spec::{Image, Spec};
-use crate::state::{Live, Phase, SandboxDirectory, fill_random};
+use crate::saved::{self, From, Restore};
+use crate::spec::{Image, Spec, new_uuid};
+use crate::state::{Live, Phase, SandboxDirectory, fill_random, random_word};
 
 const MACHINE_ENDED: &str = "machine-ended";
 /// Time between SIGTERM and SIGKILL where nobody said another.
@@ -41,6 +45,8 @@ const GLANCE: Duration = Duration::from_secs(5);
 /// How long an emulated machine may take before it is taken for one that hangs, and another is started; many times the
 /// usual. About one kernel in some hundred waits for ever, on a busy host, for an interrupt that was lost as it booted.
 const BOOT_LIMITS: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(45)];
+/// How long a machine may take to go on from where it was saved; 0.1 s is usual.
+const RESTORE_LIMIT: Duration = Duration::from_secs(20);
 
 /// How long a machine may take from its start to the agent's greeting. Many times the usual 0.2 s under hardware
 /// virtualisation and 1.5 s under emulation: a busy host is no error.
@@ -49,6 +55,25 @@ fn boot_deadline(accelerator: Accelerator) -> Duration {
         Accelerator::Kvm => Duration::from_secs(20),
         Accelerator::Tcg => Duration::from_secs(90),
     }
+}
+
+/// What a machine needs to be told once it greets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Needs {
+    /// Everything: it was booted.
+    All,
+    /// Who it is, and what it shares: it was a template.
+    Furniture,
+    /// Who it is: it was another sandbox.
+    Identity,
+}
+
+/// A machine whose agent has something to say.
+struct Up {
+    started: machine::Started,
+    port: Port<UnixStream>,
+    needs: Needs,
+    epoch: u32,
 }
 
 /// What is left of the sandbox.
@@ -158,6 +183,7 @@ impl Session {
         self.enter(Phase::Starting)?;
         let listener = UnixListener::bind(CONTROL_SOCKET).map_err(io("open the control socket"))?;
         let terminate = signal(SignalKind::terminate()).map_err(io("listen to signals"))?;
+        let restore = self.restore()?;
         let exports = Arc::new(Exports::open(&self.spec, &self.sandbox)?);
         tracing::debug!("the supervisor is up");
         let reach = Reach {
@@ -165,17 +191,16 @@ impl Session {
             write: exports.write_roots(),
             own: self.sandbox.path().to_owned(),
         };
-        let Some((started, port)) = self.boot(program, lease, lock, &reach).await? else {
+        let Some(up) = self.come_up(program, lease, lock, &reach, restore, &exports).await? else {
             return Ok(Wish::LeaseEnded);
         };
         confine(&reach).map_err(|message| {
             plain("confinement", format!("the supervisor cannot confine itself: {message}"), None)
         })?;
         tracing::debug!("the machine's process runs");
-        let machine = started.machine;
-        let deadline = boot_deadline(started.accelerator);
+        let machine = up.started.machine.clone();
         let wish = Rc::new(RefCell::new(None));
-        let talk = self.converse(&exports, &listener, port, deadline, lease, terminate, &wish);
+        let talk = self.converse(&exports, &listener, up, lease, terminate, &wish);
         let ended = tokio::select! {
             result = talk => result,
             exit = machine.wait() => {
@@ -197,9 +222,8 @@ impl Session {
             // It was asked to; what it has not written by now it never will.
             machine.stop(Duration::from_secs(5)).await;
         } else {
-            machine.kill();
             // The directory may go only when nothing writes into it any more.
-            let _ = tokio::time::timeout(Duration::from_secs(5), machine.wait()).await;
+            end(&*machine).await;
         }
         if !self.temporary {
             self.write_back();
@@ -207,52 +231,144 @@ impl Session {
         outcome
     }
 
-    /// Starts the machine, again if it does not come up; `None` if nobody waits for it any more. Nothing that the guest
-    /// says is read here: this process is not confined yet.
+    /// The saved machine that the sandbox goes on from, if there is one.
+    fn restore(&self) -> Result<Option<Restore>, Problem> {
+        // Its programs are to run on, which no boot brings back.
+        let own = self.sandbox.path().join(saved::OWN).exists();
+        match Restore::take(&self.sandbox) {
+            // A template only saves time.
+            Err(problem) if problem.code == "saved-damaged" && !own => {
+                self.record.say("warning", &problem.message);
+                Ok(None)
+            }
+            restore => restore,
+        }
+    }
+
+    /// Has the machine go on from `restore`, or boots it. Nothing that the guest says is read here: this process is not
+    /// confined yet.
+    async fn come_up(
+        &self,
+        program: &Path,
+        lease: &mut Lease,
+        lock: &std::fs::File,
+        reach: &Reach,
+        restore: Option<Restore>,
+        exports: &Exports,
+    ) -> Result<Option<Up>, Problem> {
+        let Some(restore) = restore else { return self.boot(program, lease, lock, reach).await };
+        let from = restore.from;
+        let failed = match self.resume(program, lease, lock, reach, restore, exports).await {
+            Ok(Some(up)) => return Ok(Some(up)),
+            Ok(None) => return Ok(None),
+            Err(problem) => problem,
+        };
+        if from == From::Sandbox {
+            return Err(failed);
+        }
+        // A template only saves time. Its disk is a whole one, whatever its memory is.
+        self.record.say("warning", &format!("a template was not used: {}", failed.message));
+        self.boot(program, lease, lock, reach).await
+    }
+
+    /// Has a machine go on from where it was saved.
+    async fn resume(
+        &self,
+        program: &Path,
+        lease: &mut Lease,
+        lock: &std::fs::File,
+        reach: &Reach,
+        restore: Restore,
+        exports: &Exports,
+    ) -> Result<Option<Up>, Problem> {
+        let Restore { from, machine, epoch, tables, fingerprint } = restore;
+        exports.adopt(&tables)?;
+        let epoch = epoch.checked_add(1).ok_or_else(|| plain("restore", "it was restored too often", None))?;
+        let mut started = self.start_machine(program, lock, reach, Some((machine, &fingerprint))).await?;
+        let mut port = Port::new(started.take_stream()?);
+        port.hail(epoch).await.map_err(|error| problem("restore", &error, None))?;
+        match self.wait_for(&started, &port, lease, RESTORE_LIMIT).await {
+            Some(true) => {}
+            Some(false) => {
+                let words = started.machine.explain().unwrap_or_else(|| "it says nothing".to_owned());
+                end(&*started.machine).await;
+                return Err(plain("restore", format!("the saved machine does not go on: {words}"), None));
+            }
+            None => return Ok(None),
+        }
+        let needs = if from == From::Template { Needs::Furniture } else { Needs::Identity };
+        Ok(Some(Up { started, port, needs, epoch }))
+    }
+
+    /// Starts the machine, again if it does not come up; `None` if nobody waits for it any more.
     async fn boot(
         &self,
         program: &Path,
         lease: &mut Lease,
         lock: &std::fs::File,
         reach: &Reach,
-    ) -> Result<Option<(machine::Started, Port<UnixStream>)>, Problem> {
+    ) -> Result<Option<Up>, Problem> {
         let mut limits = BOOT_LIMITS.iter();
         loop {
-            let watched = reach.clone();
-            let watchers = move || confine_thread(&watched);
-            let log = self.record.console();
-            let mut started = machine::start(&self.spec, &self.sandbox, program, lock, log, watchers).await?;
-            {
-                let mut live = self.live.borrow_mut();
-                live.machine = Some(started.machine.process());
-                live.accelerator = Some(started.accelerator.name().to_owned());
-            }
-            self.enter(Phase::Starting)?;
+            let mut started = self.start_machine(program, lock, reach, None).await?;
             let mut port = Port::new(started.take_stream()?);
-            port.hail(1).await.map_err(|error| problem("boot", &error, None))?;
+            let epoch = 1;
+            port.hail(epoch).await.map_err(|error| problem("boot", &error, None))?;
             let limit = limits.next().filter(|_| started.accelerator == Accelerator::Tcg);
+            let up = |started, port| Ok(Some(Up { started, port, needs: Needs::All, epoch }));
             // The last one gets all the time there is, where its answer is read.
-            let Some(limit) = limit else { return Ok(Some((started, port))) };
-            let came_up = tokio::select! {
-                readable = port.get_ref().readable() => readable.is_ok(),
-                // Its end is told where its words are read.
-                _ = started.machine.wait() => true,
-                () = lease.ended() => {
-                    started.machine.kill();
-                    let _ = tokio::time::timeout(Duration::from_secs(5), started.machine.wait()).await;
-                    return Ok(None);
-                }
-                () = tokio::time::sleep(*limit) => false,
-            };
-            if came_up {
-                return Ok(Some((started, port)));
+            let Some(limit) = limit else { return up(started, port) };
+            match self.wait_for(&started, &port, lease, *limit).await {
+                Some(true) => return up(started, port),
+                Some(false) => {}
+                None => return Ok(None),
             }
-            started.machine.kill();
-            let _ = tokio::time::timeout(Duration::from_secs(5), started.machine.wait()).await;
+            end(&*started.machine).await;
             let text =
                 format!("the machine did not come up within {} s and is started again", limit.as_secs());
             tracing::info!("{text}");
             self.record.say("warning", &text);
+        }
+    }
+
+    async fn start_machine(
+        &self,
+        program: &Path,
+        lock: &std::fs::File,
+        reach: &Reach,
+        restore: Option<(agentkernel_machine::qemu::Restore, &saved::Fingerprint)>,
+    ) -> Result<machine::Started, Problem> {
+        let watched = reach.clone();
+        let watchers = move || confine_thread(&watched);
+        let log = self.record.console();
+        let started =
+            machine::start(&self.spec, &self.sandbox, program, lock, restore, log, watchers).await?;
+        {
+            let mut live = self.live.borrow_mut();
+            live.machine = Some(started.machine.process());
+            live.accelerator = Some(started.accelerator.name().to_owned());
+        }
+        self.enter(Phase::Starting)?;
+        Ok(started)
+    }
+
+    /// Whether the machine's agent says something within the limit, or the machine ends, which is told where its words are
+    /// read; `None`, and the machine is ended, if nobody waits for it any more.
+    async fn wait_for(
+        &self,
+        started: &machine::Started,
+        port: &Port<UnixStream>,
+        lease: &mut Lease,
+        limit: Duration,
+    ) -> Option<bool> {
+        tokio::select! {
+            readable = port.get_ref().readable() => Some(readable.is_ok()),
+            _ = started.machine.wait() => Some(true),
+            () = lease.ended() => {
+                end(&*started.machine).await;
+                None
+            }
+            () = tokio::time::sleep(limit) => Some(false),
         }
     }
 
@@ -271,12 +387,13 @@ impl Session {
         &self,
         exports: &Arc<Exports>,
         listener: &UnixListener,
-        mut port: Port<UnixStream>,
-        deadline: Duration,
+        up: Up,
         lease: &mut Lease,
         terminate: Signal,
         wish: &RefCell<Option<Wish>>,
     ) -> Result<(), Problem> {
+        let Up { started, mut port, needs, epoch } = up;
+        let deadline = boot_deadline(started.accelerator);
         tokio::select! {
             greeting = tokio::time::timeout(deadline, port.answer()) => match greeting {
                 Ok(Ok(answer)) => tracing::debug!("the agent greets, kernel {}", answer.kernel),
@@ -288,7 +405,7 @@ impl Session {
         let (opener, driver) = mux::host(port.session());
         let talk = async {
             tokio::select! {
-                configured = tokio::time::timeout(deadline, configure(self.configuration(), exports, &opener)) => {
+                configured = tokio::time::timeout(deadline, configure(self.configuration(needs), exports, &opener)) => {
                     configured.map_err(|_| boot_timeout(deadline))??;
                 }
                 () = lease.ended() => return Ok(()),
@@ -304,16 +421,20 @@ impl Session {
                 self.spec.clone(),
                 self.sandbox.path().to_owned(),
                 exports.clone(),
+                Still::new(started.machine.clone(), opener.clone(), epoch, self.sandbox.is_template()),
                 stops,
             ));
             let reason = tokio::select! {
                 never = clients::accept(listener, &clients) => match never {},
+                never = self.follow(&clients) => match never {},
                 reason = self.reason(lease, exports, &opener, terminate, stop_requests) => reason,
             };
             let grace_ms = match &reason {
                 Wish::Stop(stop) => stop.grace_ms,
                 Wish::LeaseEnded | Wish::Expired => GRACE_MS,
             };
+            // One that stands still can neither be asked nor listen.
+            let _ = clients.still().resume().await;
             let in_order = !self.temporary && !matches!(reason, Wish::Expired);
             *wish.borrow_mut() = Some(reason);
             if in_order {
@@ -332,16 +453,51 @@ impl Session {
         }
     }
 
-    fn configuration(&self) -> Configure {
-        let mut wish = configuration(&self.spec);
+    /// Shows in `live.json` whether the machine is paused.
+    async fn follow(&self, clients: &Clients) -> std::convert::Infallible {
+        let mut paused = clients.still().watch();
+        loop {
+            // The sender lives as long as the clients.
+            let _ = paused.changed().await;
+            let phase = if *paused.borrow_and_update() { Phase::Paused } else { Phase::Running };
+            if let Err(problem) = self.enter(phase) {
+                self.record.say("warning", &problem.message);
+            }
+            self.record.say(if phase == Phase::Paused { "paused" } else { "resumed" }, "");
+        }
+    }
+
+    fn configuration(&self, needs: Needs) -> Configure {
+        let spec = &self.spec;
+        let assemble = (needs == Needs::All).then(|| Assemble {
+            root: match &spec.image {
+                Image::Host { .. } => Root::FileSystem { tag: Exports::HOST.into() },
+                Image::Disk { .. } => Root::Disk { serial: machine::IMAGE_SERIAL.into() },
+            },
+            writable: Writable::Disk { serial: machine::WRITABLE_SERIAL.into() },
+        });
+        // A template is saved before it is anybody's.
+        let furnish = needs != Needs::Identity && !self.sandbox.is_template();
+        Configure { assemble, identity: identity(spec), furnish: furnish.then(|| self.furniture()) }
+    }
+
+    fn furniture(&self) -> Furnish {
+        let spec = &self.spec;
+        let mut files = Vec::new();
         if !lifecycle::is_initialised(self.sandbox.path()) {
-            wish.files.extend(self.spec.files.iter().map(|file| File {
+            files.extend(spec.files.iter().map(|file| File {
                 path: ByteBuf::from(file.path.as_os_str().as_encoded_bytes()),
                 mode: file.mode,
                 content: file.content.clone(),
             }));
         }
-        wish
+        Furnish {
+            read_only: spec.read_only_root,
+            process_limit: spec.process_limit(),
+            mounts: mounts(spec),
+            directories: spec.directories(),
+            files,
+        }
     }
 
     /// Waits until there is a reason to end.
@@ -474,26 +630,26 @@ async fn configure(wish: Configure, exports: &Exports, opener: &Opener) -> Resul
     }
 }
 
-fn configuration(spec: &Spec) -> Configure {
+/// Fresh at each start and each restore.
+fn identity(spec: &Spec) -> Identity {
     let mut entropy = vec![0; 64];
     fill_random(&mut entropy);
     let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    Configure {
+    Identity {
         hostname: spec.name.clone(),
         unix_time_ns: u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX),
         entropy: ByteBuf::from(entropy),
         machine_id: spec.machine_id.clone(),
-        root: match &spec.image {
-            Image::Host { .. } => Root::FileSystem { tag: Exports::HOST.into() },
-            Image::Disk { .. } => Root::Disk { serial: machine::IMAGE_SERIAL.into() },
-        },
-        writable: Writable::Disk { serial: machine::WRITABLE_SERIAL.into() },
-        read_only: spec.read_only_root,
-        process_limit: spec.process_limit(),
-        mounts: mounts(spec),
-        directories: spec.directories(),
+        boot_id: new_uuid(unix_ms()),
+        generation: random_word(),
         files: spec.identity_files(),
     }
+}
+
+/// Ends a machine and waits until it is gone.
+async fn end(machine: &dyn agentkernel_machine::Machine) {
+    machine.kill();
+    let _ = tokio::time::timeout(Duration::from_secs(5), machine.wait()).await;
 }
 
 /// The connection to whoever wants this sandbox to exist.

@@ -12,14 +12,15 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::RwLock;
 
-use rustix::fs::{FileType, Stat};
+use rustix::fs::{FileType, OFlags, Stat};
 use rustix::io::Errno;
 
 use super::abi::{self, Opcode, Request, Writer, init};
-use super::descriptors::{Handles, ReadCache};
+use super::descriptors::{Handle, Handles, ReadCache};
 use super::export::Export;
 use super::host;
 use super::nodes::{Identity, Nodes};
+use super::table::{SavedHandle, Table, Version};
 use super::view::Facts;
 
 /// How long a guest may keep names and attributes of a tree that does not change, in seconds.
@@ -106,6 +107,46 @@ impl FileServer {
             messages.insert(0, abi::notify_inode(node));
         }
         messages
+    }
+
+    /// What the guest knows of this server, for another one that takes over ([`Self::adopt`]). No request may be under way.
+    pub(crate) fn save(&self) -> Vec<u8> {
+        let (mut nodes, next) = self.nodes.save();
+        if !self.export.is_writable() {
+            for node in &mut nodes {
+                // What the guest may have cached of files that go, it has of nobody's.
+                let path = self.nodes.path(node.id).ok().map(|(path, _)| path);
+                let known = path.and_then(|path| Some((Version::of(&self.export.tree.stat(&path).ok()?), path)));
+                node.version = known.map(|(version, path)| (serde_bytes::ByteBuf::from(path), version));
+            }
+        }
+        let (handles, last_handle) = self.handles.save();
+        postcard::to_allocvec(&Table { nodes, next, handles, last_handle }).unwrap_or_default()
+    }
+
+    /// Goes on for the guest of a server that [saved](Self::save) this. Files that were open are opened again, if they
+    /// are still there under their names. False, and nothing is taken over, if it is damaged.
+    pub(crate) fn adopt(&self, table: &[u8]) -> bool {
+        let Ok(table) = postcard::from_bytes::<Table>(table) else { return false };
+        if !self.nodes.adopt(table.nodes, table.next) {
+            return false;
+        }
+        let handles = table.handles.into_iter().filter_map(|saved| {
+            let found = self.find_regular(saved.node).ok()?;
+            if saved.writable && self.export.guards(&found.path) {
+                return None;
+            }
+            let flags = match (saved.readable, saved.writable) {
+                (true, true) => OFlags::RDWR,
+                (false, true) => OFlags::WRONLY,
+                _ => OFlags::RDONLY,
+            };
+            let file = self.export.tree.reopen(&found.descriptor, flags).ok()?;
+            let SavedHandle { id, node, readable, writable } = saved;
+            Some((id, Handle { file, node, readable, writable }))
+        });
+        self.handles.adopt(handles, table.last_handle);
+        true
     }
 
     /// Number of nodes the guest holds, the root included.

@@ -11,7 +11,7 @@ use agentkernel_protocol::frame::{self, FrameError};
 use agentkernel_protocol::message::{
     Configure, Entry, ExecFailure, ExecOutput, LayerEntry, Programs, Reply, Request, Root,
 };
-use agentkernel_protocol::mux::{self, MuxError, Stream};
+use agentkernel_protocol::mux::{self, Stream};
 use agentkernel_protocol::record::Port;
 use tokio::io::AsyncWriteExt;
 use tokio::task::{LocalSet, spawn_blocking, spawn_local};
@@ -106,7 +106,7 @@ async fn serve(booted: Booted) -> Result<Infallible, Error> {
             return Err(Error::other(format!("the host's greeting: {error}")));
         }
         let shared = agent.clone();
-        let ended = mux::guest(port.session(), move |stream| {
+        mux::guest(port.session(), move |stream| {
             let agent = shared.clone();
             spawn_local(async move {
                 if let Err(error) = answer(&agent, stream).await
@@ -119,15 +119,7 @@ async fn serve(booted: Booted) -> Result<Infallible, Error> {
         .await;
         // Before anything that served its streams finds them broken.
         agent.session.ended();
-        if !matches!(&ended, MuxError::Connection(error) if is_reset(error)) {
-            log(&format!("the host's session ended: {ended}"));
-        }
     }
-}
-
-/// A greeting of a later epoch: the machine was restored.
-fn is_reset(error: &mux::ConnectionError) -> bool {
-    matches!(error, mux::ConnectionError::Io(error) if error.kind() == std::io::ErrorKind::ConnectionReset)
 }
 
 async fn answer(agent: &Agent, mut stream: Stream) -> Result<(), FrameError> {

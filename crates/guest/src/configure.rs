@@ -4,7 +4,7 @@
 //! initramfs /            /served/TAG   served file systems, as mounted by `fuse`
 //!                        /image        EROFS image, if the root is one
 //!                        /writable     ext4: root/{upper,work}, mount-N/{upper,work}
-//!                        /boot-id      mounted over the kernel's
+//!                        /identity     files that are mounted over the root's and the kernel's
 //! new root  /            overlay(lower = served or image, upper = writable/root)
 //!           TARGET       served file system, or overlay(lower = served, upper = writable/mount-N)
 //!           /proc ...    moved from the initramfs
@@ -25,7 +25,7 @@ use std::sync::{Arc, OnceLock};
 use agentkernel_protocol::message::{self, Assemble, Furnish, Identity, Mount, MountMode, Root, Writable};
 use rustix::fs::{Mode, OFlags, ResolveFlags, mkdirat, openat2};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, OpenTreeFlags, mount, mount_bind, mount_move, open_tree};
+use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
 
 use crate::exec::cgroup;
 use crate::layers::Layers;
@@ -42,15 +42,24 @@ const ASSEMBLED_PROCESS_LIMIT: u32 = 256;
 
 /// Directory of what the machine says of itself to programs.
 const OURS: &str = "/run/agentkernel";
-/// What is mounted over the kernel's own word for this boot.
+/// Directory of the files that are mounted over others: written anew with each identity, whatever becomes of the root.
+const IDENTITY: &str = "/identity";
+/// Those mounted over the root's, by the paths they are mounted at. As with containers, they cannot be removed there.
+const IDENTITY_FILES: [(&str, &str); 4] = [
+    ("hostname", "/etc/hostname"),
+    ("machine-id", "/etc/machine-id"),
+    ("hosts", "/etc/hosts"),
+    ("resolv.conf", "/etc/resolv.conf"),
+];
+/// What is mounted over the kernel's own word for this boot, which would be the same in all that is restored of it.
 const BOOT_ID: &str = "boot-id";
 
 /// What stays reachable after the root was switched.
 pub(crate) struct Layout {
     /// The root directory of the initramfs, below the root that was switched to.
     initial: OwnedFd,
-    /// The root, where it can be written even if programs cannot.
-    root: OwnedFd,
+    /// The directory of the files that are mounted over others.
+    identity: OwnedFd,
     /// The writable disk's directory.
     writable: OwnedFd,
     /// The cgroup of all programs.
@@ -112,7 +121,7 @@ pub(crate) fn assemble(wish: &Assemble, file_systems: &BTreeSet<String>) -> Resu
     make_standard_directories(&root, matches!(wish.root, Root::FileSystem { .. }))?;
     // Before the mounts: a project may lie below it, as removable disks do.
     mount_run(&root)?;
-    write_file(&Path::new("/").join(BOOT_ID), 0o444, b"")?;
+    let identity = mount_identity(&root)?;
     mount_system(&root)?;
     let cgroups = mount_cgroups(&root)?;
     let proc = open_directory("/proc")?;
@@ -121,9 +130,7 @@ pub(crate) fn assemble(wish: &Assemble, file_systems: &BTreeSet<String>) -> Resu
     system::loopback_up().map_err(say("bring the loopback interface up"))?;
     Ok(Layout {
         initial,
-        // A mount of its own: the other one may become read-only.
-        root: open_tree(rustix::fs::CWD, "/", OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)
-            .map_err(say("reach the root"))?,
+        identity,
         layers: Arc::new(Layers::new(writable.try_clone().map_err(say("reach the layers"))?, image)),
         writable,
         cgroups,
@@ -175,37 +182,48 @@ pub(crate) fn identify(layout: &Layout, wish: &Identity) -> Result<(), String> {
     system::reseed(&wish.entropy).map_err(say("reseed the random pool"))?;
     set_clock(wish.unix_time_ns)?;
     rustix::system::sethostname(wish.hostname.as_bytes()).map_err(say("set the host name"))?;
-    let root = beneath(&layout.root, "");
-    write_file(&root.join("etc/hostname"), 0o644, format!("{}\n", wish.hostname).as_bytes())?;
-    write_file(&root.join("etc/machine-id"), 0o444, format!("{}\n", wish.machine_id).as_bytes())?;
-    for file in &wish.files {
-        let path = path_of(&file.path)?;
-        write_file(&root.join(path.strip_prefix("/").unwrap_or(&path)), file.mode, &file.content)?;
-    }
-    renew_boot_id(layout, &wish.boot_id)?;
-    make_directory(OURS, 0o755)?;
-    let generation = Path::new(OURS).join("generation");
+    let directory = &layout.identity;
+    rewrite(directory, "hostname", format!("{}\n", wish.hostname).as_bytes())?;
+    rewrite(directory, "machine-id", format!("{}\n", wish.machine_id).as_bytes())?;
+    rewrite(directory, "hosts", &wish.hosts)?;
+    rewrite(directory, "resolv.conf", &wish.resolver)?;
+    rewrite(directory, BOOT_ID, format!("{}\n", wish.boot_id).as_bytes())?;
     // Replaced by a rename: whoever watches the directory or the file is told, and nobody reads half of it.
     let draft = Path::new(OURS).join(".generation");
-    write_file(&draft, 0o444, format!("{}\n", wish.generation).as_bytes())?;
-    fs::rename(&draft, &generation).map_err(say("tell the programs"))
+    fs::write(&draft, format!("{}\n", wish.generation)).map_err(say("tell the programs"))?;
+    fs::rename(&draft, Path::new(OURS).join("generation")).map_err(say("tell the programs"))
 }
 
-/// Mounts a word of ours over the kernel's for this boot, which would be the same in all that is restored of it.
-fn renew_boot_id(layout: &Layout, boot_id: &str) -> Result<(), String> {
-    let ours = beneath(&layout.initial, BOOT_ID);
-    let target = beneath(&layout.proc, "sys/kernel/random/boot_id");
-    fs::set_permissions(&ours, Permissions::from_mode(0o644)).map_err(say("renew the boot's id"))?;
-    fs::write(&ours, format!("{boot_id}\n")).map_err(say("renew the boot's id"))?;
-    fs::set_permissions(&ours, Permissions::from_mode(0o444)).map_err(say("renew the boot's id"))?;
-    let is_ours = |path: &Path| {
-        let (one, other) = (fs::metadata(path).ok()?, fs::metadata(&ours).ok()?);
-        Some((one.dev(), one.ino()) == (other.dev(), other.ino()))
-    };
-    if is_ours(&target) != Some(true) {
-        mount_bind(&ours, &target).map_err(say("renew the boot's id"))?;
+/// Makes the files of an identity, empty, and mounts them where they belong.
+fn mount_identity(root: &OwnedFd) -> Result<OwnedFd, String> {
+    make_directory(IDENTITY, 0o755)?;
+    for (name, target) in IDENTITY_FILES {
+        let path = Path::new(target);
+        let (Some(parent), Some(last)) = (path.parent(), path.file_name()) else { continue };
+        let parent = make_path(root, parent)?;
+        let target = beneath(&parent, "").join(last);
+        // A link that the image brings would lead elsewhere.
+        if !fs::symlink_metadata(&target).is_ok_and(|metadata| metadata.is_file()) {
+            write_file(&target, 0o644, b"")?;
+        }
+        let ours = Path::new(IDENTITY).join(name);
+        write_file(&ours, 0o644, b"")?;
+        mount_bind(&ours, &target).map_err(say(format!("mount {}", path.display())))?;
     }
-    Ok(())
+    let ours = Path::new(IDENTITY).join(BOOT_ID);
+    write_file(&ours, 0o444, b"")?;
+    mount_bind(&ours, "/proc/sys/kernel/random/boot_id").map_err(say("mount the boot's id"))?;
+    let run = make_path(root, Path::new(OURS))?;
+    fs::set_permissions(beneath(&run, ""), Permissions::from_mode(0o755)).map_err(say("prepare /run"))?;
+    open_directory(IDENTITY)
+}
+
+/// Gives a file of the identity another content.
+fn rewrite(directory: &OwnedFd, name: &str, content: &[u8]) -> Result<(), String> {
+    let flags = OFlags::WRONLY | OFlags::TRUNC | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(directory, name, flags, Mode::empty());
+    let mut file = File::from(file.map_err(say(format!("write {name}")))?);
+    file.write_all(content).map_err(say(format!("write {name}")))
 }
 
 fn served(file_systems: &BTreeSet<String>, tag: &str) -> Result<PathBuf, String> {

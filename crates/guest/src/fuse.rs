@@ -146,7 +146,11 @@ impl FileSystems {
         let requests: Endless<'_> = Box::pin(requests);
         let replies: Endless<'_> = Box::pin(replies);
         // The replies first: they tell that the stream is broken before a request is taken for it.
-        either(replies, requests).await
+        match either(replies, requests).await {
+            // As a restored machine begins.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+            result => result,
+        }
     }
 
     async fn mount(

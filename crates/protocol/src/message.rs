@@ -154,8 +154,10 @@ pub struct Identity {
     /// A word that changes with each restore, for programs that live through one: the content of
     /// `/run/agentkernel/generation`.
     pub generation: String,
-    /// Files of `/etc` that hold the machine's name.
-    pub files: Vec<File>,
+    /// Content of `/etc/hosts`.
+    pub hosts: ByteBuf,
+    /// Content of `/etc/resolv.conf`.
+    pub resolver: ByteBuf,
 }
 
 /// What makes the machine a certain sandbox's.

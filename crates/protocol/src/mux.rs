@@ -10,8 +10,7 @@ use std::task::Poll;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt};
-pub use yamux::ConnectionError;
-use yamux::{Config, Connection, Mode};
+use yamux::{Config, Connection, ConnectionError, Mode};
 
 /// Streams open at once; some are file systems, the rest executions.
 pub const STREAM_LIMIT: usize = 2048;

@@ -5,7 +5,7 @@ use std::ffi::{OsStr, OsString};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use agentkernel_protocol::message::{Directory, Exec, File};
+use agentkernel_protocol::message::{Directory, Exec};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
@@ -232,23 +232,17 @@ impl Spec {
         }
     }
 
-    /// Files of `/etc` that are ours whatever the image holds.
-    pub fn identity_files(&self) -> Vec<File> {
-        let file = |path: &str, content: String| File {
-            path: ByteBuf::from(path),
-            mode: 0o644,
-            content: ByteBuf::from(content),
-        };
-        vec![
-            file(
-                "/etc/hosts",
-                format!(
-                    "127.0.0.1\tlocalhost\n127.0.1.1\t{}\n::1\tlocalhost ip6-localhost ip6-loopback\n",
-                    self.name
-                ),
-            ),
-            file("/etc/resolv.conf", "# this sandbox has no network\n".into()),
-        ]
+    /// Content of `/etc/hosts`.
+    pub fn hosts(&self) -> String {
+        format!(
+            "127.0.0.1\tlocalhost\n127.0.1.1\t{}\n::1\tlocalhost ip6-localhost ip6-loopback\n",
+            self.name
+        )
+    }
+
+    /// Content of `/etc/resolv.conf`.
+    pub fn resolver(&self) -> String {
+        "# this sandbox has no network\n".to_owned()
     }
 
     /// Most processes and threads of one program with all it starts: what the guest's memory can hold, about.

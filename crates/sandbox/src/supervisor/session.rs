@@ -642,7 +642,8 @@ fn identity(spec: &Spec) -> Identity {
         machine_id: spec.machine_id.clone(),
         boot_id: new_uuid(unix_ms()),
         generation: random_word(),
-        files: spec.identity_files(),
+        hosts: ByteBuf::from(spec.hosts()),
+        resolver: ByteBuf::from(spec.resolver()),
     }
 }
 

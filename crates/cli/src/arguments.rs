@@ -76,7 +76,97 @@ pub(crate) enum SandboxVerb {
     Diff(DiffArguments),
     Apply(ApplyArguments),
     Extend(ExtendArguments),
+    Pause(PauseArguments),
+    Resume(PauseArguments),
+    Fork(ForkArguments),
+    #[command(subcommand)]
+    Snapshot(SnapshotVerb),
     Gc(GcArguments),
+}
+
+/// Stop a sandbox's processors, or let them go on: nothing is lost, and nothing of it runs meanwhile.
+#[derive(Debug, Args)]
+pub(crate) struct PauseArguments {
+    /// Name or UUID.
+    #[arg(required = true, value_name = "NAME")]
+    pub names: Vec<String>,
+}
+
+/// Make copies of a running sandbox that go on from where it is: memory, processes and disk.
+///
+/// Each has an identity, randomness and a clock of its own, and shares with the others what none of them changes. What ran
+/// in it runs on. The sandbox itself stands still only for a moment.
+#[derive(Debug, Args)]
+#[command(after_help = FORK_EXAMPLES)]
+pub(crate) struct ForkArguments {
+    /// Name or UUID of the running sandbox.
+    pub name: String,
+    /// Name of the copy; with --count, what their names begin with: PREFIX-1, PREFIX-2, ...
+    #[arg(long = "as", value_name = "NEW", required = true)]
+    pub new: String,
+    /// How many copies.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub count: Option<u16>,
+    /// Print the copies as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Print nothing but the names and errors.
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+const FORK_EXAMPLES: &str = "\
+Examples:
+  agentkernel fork dev --as experiment
+  agentkernel fork dev --count 4 --as try        # try-1 ... try-4
+  agentkernel exec try-2 -- make test && agentkernel apply try-2";
+
+/// Keep what a sandbox is now, and bring it back.
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotVerb {
+    /// Keep a sandbox as it is: memory, processes and disk if it runs, its disk if it is stopped.
+    Take {
+        /// Name or UUID of the sandbox.
+        sandbox: String,
+        /// Name of the snapshot.
+        name: String,
+        /// Print the snapshot as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// List snapshots.
+    #[command(visible_alias = "ls")]
+    List {
+        /// Print as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Bring a snapshot back: in place, giving up what the sandbox is now, or as another sandbox.
+    #[command(after_help = "\
+Examples:
+  agentkernel snapshot take dev before
+  agentkernel snapshot restore before            # dev is as it was
+  agentkernel snapshot restore before --as other # and another one like it")]
+    Restore {
+        /// Name of the snapshot.
+        name: String,
+        /// Make a sandbox of this name instead.
+        #[arg(long = "as", value_name = "NEW")]
+        new: Option<String>,
+        /// Leave memory and processes out: the sandbox is stopped, with the snapshot's disk.
+        #[arg(long)]
+        disk_only: bool,
+        /// Print the sandbox as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove snapshots.
+    #[command(visible_alias = "remove")]
+    Rm {
+        /// Names of the snapshots.
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+    },
 }
 
 /// Run a command in a temporary sandbox and remove it.

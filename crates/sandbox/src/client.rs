@@ -118,6 +118,7 @@ pub async fn start(held: HeldSandbox, program: &Path, warmth: Warmth) -> Result<
 }
 
 async fn launch(held: HeldSandbox, program: &Path) -> Result<Lease, Problem> {
+    tracing::debug!("the sandbox is made");
     let HeldSandbox { directory, lock } = held;
     let temporary = directory.is_temporary();
     let (stream, supervisor) = match spawn(&directory, program, lock) {

@@ -135,7 +135,8 @@ impl Exports {
         for (tag, table) in saved {
             let served = self.served.iter().find(|served| served.tag == *tag);
             if !served.is_some_and(|served| served.server.adopt(table)) {
-                let message = format!("the saved machine's file system {tag} is not what this sandbox is served");
+                let message =
+                    format!("the saved machine's file system {tag} is not what this sandbox is served");
                 return Err(plain("restore", message, None));
             }
         }

@@ -191,6 +191,8 @@ pub struct Garbage {
     pub abandoned: Vec<String>,
     /// Sandboxes that had died and are stopped now.
     pub repaired: Vec<String>,
+    /// Templates that are outdated or beyond the bounds, by their number.
+    pub templates: usize,
     /// Leftovers of interrupted work, by their number.
     pub leftovers: usize,
 }
@@ -213,6 +215,7 @@ pub fn gc(home: &Home, dry_run: bool) -> Result<Garbage, Problem> {
         }
     }
     garbage.leftovers = home.leftovers();
+    garbage.templates = crate::templates::prune(home, dry_run);
     if !dry_run {
         home.sweep();
     }

@@ -24,7 +24,7 @@ use crate::workspace::{ApplyReport, ChangeSet};
 pub async fn changes(
     directory: &SandboxDirectory,
     program: &Path,
-    progress: &mut dyn FnMut(&str),
+    progress: &mut (dyn FnMut(&str) + Send),
 ) -> Result<ChangeSet, Problem> {
     let workspace = workspace(directory)?;
     // A set whose apply died is about to be replaced; what that left in the workspace goes first.

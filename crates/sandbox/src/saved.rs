@@ -6,7 +6,7 @@
 //! ├── memory          the guest's memory, sparse; mapped privately by whoever is restored of it
 //! ├── devices         what the machine's devices held
 //! ├── files-TAG       what the guest knew of each file system it was served
-//! └── disk.ext4       the writable layer at that moment
+//! └── disk.ext4       the writable layer at that moment; not in a sandbox's own, which has it as its disk
 //! ```
 //! A sandbox that is to go on from one has a file `restore.json` in its directory, which names it. The supervisor takes
 //! that order away before it carries it out, so that a sandbox is restored once: whatever becomes of it then, its next
@@ -33,7 +33,7 @@ use crate::disk;
 use crate::files::table;
 use crate::problem::{Problem, io, plain, problem};
 use crate::spec::Spec;
-use crate::state::{Home, SandboxDirectory, private_file, replace};
+use crate::state::{Home, SandboxDirectory, private_file, random_word, replace};
 
 const RECORD: &str = "machine.json";
 const MEMORY: &str = "memory";
@@ -77,7 +77,8 @@ impl Fingerprint {
     /// # Errors
     /// If there is no kernel yet.
     pub(crate) fn now(home: &Home, spec: &Spec) -> Result<Self, Problem> {
-        let kernel = kernel::load(&home.cache(), None).map_err(|error| problem("kernel", &error, error.hint()))?;
+        let kernel =
+            kernel::load(&home.cache(), None).map_err(|error| problem("kernel", &error, error.hint()))?;
         Ok(Self::of(&kernel, spec))
     }
 
@@ -89,7 +90,8 @@ impl Fingerprint {
     /// That of a machine of such a size.
     pub(crate) fn sized(kernel: &Kernel, vcpus: u32, memory_mib: u64, disk_mib: u64) -> Self {
         let emulator = qemu::find().unwrap_or_default();
-        let stamp = fs::metadata(&emulator).map(|data| (data.len(), data.mtime(), data.ino())).unwrap_or_default();
+        let stamp =
+            fs::metadata(&emulator).map(|data| (data.len(), data.mtime(), data.ino())).unwrap_or_default();
         Self {
             program: env!("CARGO_PKG_VERSION").to_owned(),
             protocol: agentkernel_protocol::VERSION,
@@ -158,7 +160,8 @@ pub(crate) struct Record {
     memory: Stamp,
     devices: Stamp,
     tables: Vec<Stamp>,
-    disk: Stamp,
+    /// None where the writable layer has gone to the sandbox that goes on.
+    disk: Option<Stamp>,
 }
 
 /// A directory with a saved machine that is whole.
@@ -189,7 +192,7 @@ impl SavedMachine {
         };
         check(MEMORY, &record.memory)?;
         check(DEVICES, &record.devices)?;
-        check(disk::FILE_NAME, &record.disk)?;
+        record.disk.as_ref().map_or(Ok(()), |stamp| check(disk::FILE_NAME, stamp))?;
         if record.tables.len() != record.file_systems.len() {
             return Err(damaged("its file systems do not agree"));
         }
@@ -211,20 +214,13 @@ impl SavedMachine {
         read_limited(&path, table::BYTES_LIMIT).map_err(io(format!("read {}", path.display())))
     }
 
-    /// The writable layer of that moment.
-    pub(crate) fn disk(&self) -> PathBuf {
-        self.directory.join(disk::FILE_NAME)
-    }
-
-    /// Bytes it takes on the disk.
-    pub(crate) fn bytes(&self) -> u64 {
-        directory_bytes(&self.directory)
-    }
-
-    /// Makes `target` another name of this one's machine: the memory is shared, the disk copied.
-    pub(crate) fn duplicate(&self, target: &Path) -> Result<Self, Problem> {
+    /// Makes `target` a saved machine like this one, for a sandbox that goes on from it: the memory is shared; the writable
+    /// layer is copied to `disk`.
+    pub(crate) fn duplicate(&self, target: &Path, disk: &Path) -> Result<(), Problem> {
         let what = || format!("copy a saved machine to {}", target.display());
-        fs::create_dir(target).map_err(io(what()))?;
+        if !target.exists() {
+            fs::create_dir(target).map_err(io(what()))?;
+        }
         let mut record = self.record.clone();
         if fs::hard_link(self.directory.join(MEMORY), target.join(MEMORY)).is_err() {
             // Another file system, or one without links.
@@ -241,10 +237,9 @@ impl SavedMachine {
         for (index, tag) in self.record.file_systems.iter().enumerate() {
             record.tables[index] = plain_copy(&table_name(tag))?;
         }
-        let copy = disk::copy(&self.disk(), &target.join(disk::FILE_NAME))?;
-        record.disk = Stamp::of(&copy).map_err(io(what()))?;
-        write_record(target, &record)?;
-        Ok(Self { directory: target.to_owned(), record })
+        disk::copy(&self.directory.join(disk::FILE_NAME), disk)?;
+        record.disk = None;
+        write_record(target, &record)
     }
 }
 
@@ -266,7 +261,8 @@ pub(crate) fn directory_bytes(directory: &Path) -> u64 {
 
 fn open_plain(path: &Path) -> std::io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
-    let file = File::options().read(true).custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32).open(path)?;
+    let file =
+        File::options().read(true).custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32).open(path)?;
     if file.metadata()?.is_file() { Ok(file) } else { Err(std::io::ErrorKind::InvalidInput.into()) }
 }
 
@@ -278,6 +274,88 @@ fn read_limited(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     file.take(limit).read_to_end(&mut bytes)?;
     Ok(bytes)
+}
+
+/// A directory for what is being saved. It goes when dropped; if this process is killed, with the next sweep.
+#[derive(Debug)]
+pub(crate) struct Draft {
+    path: PathBuf,
+    /// Held as long as it is being filled.
+    _lock: File,
+}
+
+/// Names of drafts begin so.
+const DRAFT_PREFIX: &str = ".new-";
+/// Held while a draft is being filled.
+const DRAFT_LOCK: &str = "draft.lock";
+
+impl Draft {
+    /// Makes one in `parent`.
+    pub(crate) fn new(parent: &Path) -> Result<Self, Problem> {
+        let path = parent.join(format!("{DRAFT_PREFIX}{}", random_word()));
+        let make = || {
+            fs::create_dir(&path)?;
+            let lock = private_file().create_new(true).open(path.join(DRAFT_LOCK))?;
+            rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)?;
+            Ok(lock)
+        };
+        let lock = make().map_err(io(format!("make {}", path.display())))?;
+        Ok(Self { path, _lock: lock })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Gives it its lasting name, at which there must be nothing.
+    pub(crate) fn keep(self, target: &Path) -> Result<(), Problem> {
+        let what = || format!("name {}", target.display());
+        fs::remove_file(self.path.join(DRAFT_LOCK)).map_err(io(what()))?;
+        let (cwd, flags) = (rustix::fs::CWD, rustix::fs::RenameFlags::NOREPLACE);
+        rustix::fs::renameat_with(cwd, &self.path, cwd, target, flags)
+            .map_err(|error| io(what())(error.into()))
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+/// Removes drafts in `parent` that nobody fills any more; returns their number.
+pub(crate) fn sweep_drafts(parent: &Path, dry_run: bool) -> usize {
+    let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+    let drafts = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(DRAFT_PREFIX));
+    drafts
+        .filter(|draft| {
+            let lock = File::open(draft.path().join(DRAFT_LOCK)).and_then(|lock| {
+                Ok(rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)?)
+            });
+            let is_free = match lock {
+                Ok(()) => true,
+                // One that is being made has none for a moment, one that is being named neither.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    let age = draft.metadata().and_then(|data| data.modified()).ok();
+                    age.and_then(|time| time.elapsed().ok()).is_some_and(|age| age > Duration::from_secs(60))
+                }
+                Err(_) => false,
+            };
+            if is_free && !dry_run {
+                let _ = fs::remove_dir_all(draft.path());
+            }
+            is_free
+        })
+        .count()
+}
+
+/// Writes everything in a saved machine's directory to the disk.
+pub(crate) fn sync(directory: &Path) -> Result<(), Problem> {
+    let what = || format!("write {} to the disk", directory.display());
+    for entry in fs::read_dir(directory).map_err(io(what()))?.flatten() {
+        File::open(entry.path()).and_then(|file| file.sync_all()).map_err(io(what()))?;
+    }
+    File::open(directory).and_then(|file| file.sync_all()).map_err(io(what()))
 }
 
 /// How a sandbox goes on from a saved machine.
@@ -346,7 +424,8 @@ impl Restore {
             from: order.from,
             machine: qemu::Restore {
                 memory: open_plain(&memory).map_err(io(format!("open {}", memory.display())))?,
-                devices: read_limited(&devices, DEVICES_LIMIT).map_err(io(format!("read {}", devices.display())))?,
+                devices: read_limited(&devices, DEVICES_LIMIT)
+                    .map_err(io(format!("read {}", devices.display())))?,
             },
             epoch: saved.record.epoch,
             tables: tables.map(|tag| Ok((tag.clone(), saved.table(tag)?))).collect::<Result<_, Problem>>()?,
@@ -405,7 +484,7 @@ pub(crate) async fn save(sandbox: &Sandbox, directory: &Path) -> Result<(SavedMa
         memory: Stamp::of(&memory).map_err(io(what()))?,
         devices: Stamp::of(&devices).map_err(io(what()))?,
         tables,
-        disk: Stamp::of(&disk_copy).map_err(io(what()))?,
+        disk: Some(Stamp::of(&disk_copy).map_err(io(what()))?),
     };
     write_record(directory, &record)?;
     Ok((SavedMachine { directory: directory.to_owned(), record }, still))

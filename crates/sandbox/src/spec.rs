@@ -234,10 +234,7 @@ impl Spec {
 
     /// Content of `/etc/hosts`.
     pub fn hosts(&self) -> String {
-        format!(
-            "127.0.0.1\tlocalhost\n127.0.1.1\t{}\n::1\tlocalhost ip6-localhost ip6-loopback\n",
-            self.name
-        )
+        format!("127.0.0.1\tlocalhost\n127.0.1.1\t{}\n::1\tlocalhost ip6-localhost ip6-loopback\n", self.name)
     }
 
     /// Content of `/etc/resolv.conf`.

@@ -274,6 +274,9 @@ impl Home {
     /// Errors are not the caller's business: the next sweep tries again.
     pub fn sweep(&self) {
         self.sweep_trash();
+        for directory in [self.snapshots(), self.templates()] {
+            crate::saved::sweep_drafts(&directory, false);
+        }
         let _ = crate::workspace::repair(&self.last());
         let _ = crate::workspace::LastChanges::new(&self.path).sweep();
         let Ok(entries) = fs::read_dir(self.sandboxes()) else { return };
@@ -303,7 +306,11 @@ impl Home {
                 .filter(|entry| entry.file_name().as_encoded_bytes().starts_with(prefix.as_bytes()))
                 .count()
         };
-        count(&self.sandboxes(), NEW_PREFIX) + count(&self.path.join("trash"), "")
+        let drafts: usize = [self.snapshots(), self.templates()]
+            .iter()
+            .map(|directory| crate::saved::sweep_drafts(directory, true))
+            .sum();
+        count(&self.sandboxes(), NEW_PREFIX) + count(&self.path.join("trash"), "") + drafts
     }
 
     fn sweep_trash(&self) {

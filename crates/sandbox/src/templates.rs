@@ -15,7 +15,6 @@
 //! the host made is not used either. Whatever is wrong with one, it is made again: it only saves time.
 
 use std::fs::{self, File};
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -31,7 +30,7 @@ use crate::disk;
 use crate::exports::Exports;
 use crate::files::table;
 use crate::problem::{Problem, io, plain};
-use crate::saved::{self, Fingerprint, From, SavedMachine};
+use crate::saved::{self, Draft, Fingerprint, From, SavedMachine};
 use crate::spec::{Defaults, Image, Spec, fresh_machine_id, new_uuid};
 use crate::state::{Home, SandboxDirectory, TEMPLATE, TEMPLATE_PREFIX, private_file, random_word, replace};
 
@@ -48,7 +47,8 @@ const WARM_UP_MS: u64 = 10_000;
 /// What is run so that it is in the template's memory, as far as it is there. What most commands need.
 const WARM_UP: &[&[&str]] = &[&["/bin/true"], &["/bin/sh", "-c", ":"]];
 /// The same with the host's own programs.
-const WARM_UP_HOST: &[&[&str]] = &[&["/usr/bin/python3", "-c", "pass"], &["/bin/bash", "-c", ":"], &["/bin/ls", "/"]];
+const WARM_UP_HOST: &[&[&str]] =
+    &[&["/usr/bin/python3", "-c", "pass"], &["/bin/bash", "-c", ":"], &["/bin/ls", "/"]];
 
 /// What a template was made of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -246,18 +246,11 @@ fn blank(spec: &Spec) -> Spec {
 }
 
 async fn make(home: &Home, spec: &Spec, about: &About, target: &Path, program: &Path) -> Result<(), Problem> {
-    let blank = blank(spec);
-    let draft = home.templates().join(format!(".new-{}", random_word()));
-    fs::create_dir(&draft).map_err(io("make a template"))?;
-    let made = save(home, &blank, program, &draft).await.and_then(|()| {
-        let text = serde_json::to_vec(about).map_err(|error| plain("template", error.to_string(), None))?;
-        replace(&draft.join(ABOUT), &text).map_err(io("make a template"))?;
-        fs::rename(&draft, target).map_err(io("name a template"))
-    });
-    if made.is_err() {
-        let _ = fs::remove_dir_all(&draft);
-    }
-    made
+    let draft = Draft::new(&home.templates())?;
+    save(home, &blank(spec), program, draft.path()).await?;
+    let text = serde_json::to_vec(about).map_err(|error| plain("template", error.to_string(), None))?;
+    replace(&draft.path().join(ABOUT), &text).map_err(io("make a template"))?;
+    draft.keep(target)
 }
 
 /// Boots a machine and saves it into `draft`.
@@ -366,9 +359,9 @@ pub(crate) fn prune(home: &Home, dry_run: bool) -> usize {
             continue;
         }
         let lock = lock_file(&directory).ok();
-        let free = lock.as_ref().is_some_and(|lock| {
-            rustix::fs::flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok()
-        });
+        let free = lock
+            .as_ref()
+            .is_some_and(|lock| rustix::fs::flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok());
         if free {
             removed += 1;
             if !dry_run {
@@ -382,26 +375,21 @@ pub(crate) fn prune(home: &Home, dry_run: bool) -> usize {
 
 /// Removes what interrupted work left: half-made templates, locks and marks without one.
 fn sweep(home: &Home, dry_run: bool) -> usize {
-    let mut found = 0;
+    let mut found = saved::sweep_drafts(&home.templates(), dry_run);
     for entry in fs::read_dir(home.templates()).into_iter().flatten().flatten() {
-        let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
-        let is_half = name.starts_with(".new-") || name.starts_with(".old-");
+        let path = entry.path();
+        let name = entry.file_name().to_string_lossy().into_owned();
+        // What is being removed, and locks and marks of what is gone. A lock is there before its template is.
         let is_stray = path.extension().is_some() && !path.with_extension("").exists();
-        // One that is being made is younger than any boot takes.
         let age = entry.metadata().and_then(|data| data.modified()).ok().and_then(|time| time.elapsed().ok());
         let is_old = age.is_some_and(|age| age > Duration::from_secs(600));
-        if !(is_half && is_old || is_stray && is_old) {
+        if !(name.starts_with(".old-") || is_stray && is_old) {
             continue;
         }
         found += 1;
-        if dry_run {
-            continue;
-        }
-        let removed = if is_half { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-        if let Err(error) = removed
-            && error.kind() != ErrorKind::NotFound
-        {
-            tracing::warn!("cannot remove {}: {error}", path.display());
+        if !dry_run {
+            let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            let _ = if is_directory { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
         }
     }
     found

@@ -60,7 +60,7 @@ pub(super) fn create(arguments: &mut CreateArguments) -> Result<u8, Problem> {
 }
 
 /// Does something to each sandbox that was named; goes on after a failure.
-fn each(
+pub(super) fn each(
     names: &[String],
     home: &Home,
     mut act: impl FnMut(&SandboxDirectory) -> Result<(), Problem>,
@@ -140,6 +140,9 @@ pub(super) fn gc(arguments: &GcArguments) -> Result<u8, Problem> {
         for name in names {
             lines.push_str(&format!("{what} {name}\n"));
         }
+    }
+    if garbage.templates > 0 {
+        lines.push_str(&format!("templates {}\n", garbage.templates));
     }
     if garbage.leftovers > 0 {
         lines.push_str(&format!("leftovers {}\n", garbage.leftovers));

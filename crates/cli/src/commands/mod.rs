@@ -7,6 +7,7 @@ mod copy;
 mod doctor;
 mod exec;
 mod execute;
+mod fork;
 mod images;
 mod init;
 mod inspect;
@@ -17,6 +18,7 @@ mod outcome;
 mod review;
 mod run;
 mod setup;
+mod snapshot;
 mod volume;
 
 use std::process::ExitCode;
@@ -80,6 +82,10 @@ fn dispatch_sandbox(verb: SandboxVerb) -> Result<u8, Problem> {
         SandboxVerb::Diff(arguments) => review::diff(&arguments),
         SandboxVerb::Apply(arguments) => review::apply(&arguments),
         SandboxVerb::Extend(arguments) => lifecycle::extend(&arguments),
+        SandboxVerb::Pause(arguments) => fork::set_paused(&arguments, true),
+        SandboxVerb::Resume(arguments) => fork::set_paused(&arguments, false),
+        SandboxVerb::Fork(arguments) => fork::fork(&arguments),
+        SandboxVerb::Snapshot(verb) => snapshot::snapshot(&verb),
         SandboxVerb::Gc(arguments) => lifecycle::gc(&arguments),
     }
 }

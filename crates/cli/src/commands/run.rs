@@ -82,6 +82,7 @@ async fn in_sandbox(
         }
     };
     let started = begun.elapsed();
+    tracing::debug!("the sandbox is up");
     let mut captured = Captured::default();
     let sink = if json { Sink::Capture(&mut captured) } else { Sink::Streams };
     let ended = match execute(lease.sandbox(), exec, Source::Stdin, sink).await {
@@ -95,6 +96,7 @@ async fn in_sandbox(
             return Err(problem);
         }
     };
+    tracing::debug!("the command has ended");
     let mut code = ended.code();
     let kept = if arguments.keep {
         let name = &launch.spec.name;
@@ -113,9 +115,11 @@ async fn in_sandbox(
                 return Ok(code);
             }
         };
+        tracing::debug!("the changes are taken");
         lease.release();
         kept
     };
+    tracing::debug!("the sandbox is gone");
     if !quiet || (!json && matches!(ended, Ended::NotStarted { .. })) {
         explain(&ended, launch.spec.memory_mib);
     }

@@ -12,7 +12,9 @@ use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use rustix::process::{Gid, Pid, Signal, Uid, getppid, set_parent_process_death_signal};
 use rustix::thread::UnshareFlags;
 
-use super::{Argument, FIRST_DESCRIPTOR, Layer, Orders, Report, Wall, filter, message, opening, restrict, root};
+use super::{
+    Argument, FIRST_DESCRIPTOR, Layer, Orders, Report, Wall, filter, message, opening, restrict, root,
+};
 
 /// Above every descriptor that is passed on.
 const REPORT_DESCRIPTOR: i32 = 128;

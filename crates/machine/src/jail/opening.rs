@@ -49,8 +49,7 @@ pub(super) fn listen() -> io::Result<OwnedFd> {
         statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_USER_NOTIF),
         statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW),
     ];
-    let program =
-        libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
+    let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
     // SAFETY: the program and what it points to live through the call; no_new_privs is set, or the kernel refuses.
     let listener = unsafe {
         libc::syscall(

@@ -75,7 +75,9 @@ impl Plan {
                 // Shared with nobody, but for whoever copies it when the machine is saved.
                 None => format!("memory-backend-memfd,id=memory,size={size}M,share=on"),
                 // What the machine writes is its own; what it does not is shared with all that are restored of it.
-                Some(_) => format!("memory-backend-file,id=memory,size={size}M,share=off,mem-path={MEMORY_PATH}"),
+                Some(_) => {
+                    format!("memory-backend-file,id=memory,size={size}M,share=off,mem-path={MEMORY_PATH}")
+                }
             },
         );
         plan.option("-accel", &accelerator);

@@ -491,7 +491,10 @@ impl Executor for Machines<'_> {
         let name = format!("build-{}", &random_word()[..8]);
         let spec = launch::for_build(name, root_file_system, vcpus, memory_mib, disk_mib);
         let held = client::create(&self.builder.home, &spec, Life::Temporary, None).map_err(failure)?;
-        let lease = self.runtime.block_on(client::start(held, &self.builder.program, Warmth::Warm)).map_err(failure)?;
+        let lease = self
+            .runtime
+            .block_on(client::start(held, &self.builder.program, Warmth::Warm))
+            .map_err(failure)?;
         Ok(BuildMachine { lease: Some(lease), runtime: self.runtime.clone(), layer_limit: disk_mib << 20 })
     }
 }

@@ -145,7 +145,9 @@ impl Clients {
                 // The end of the stream says it.
                 _ => Ok(()),
             },
-            _ => frame::write(&mut client, &ControlReply::Failed(plain("paused", message, Some(&hint)))).await,
+            _ => {
+                frame::write(&mut client, &ControlReply::Failed(plain("paused", message, Some(&hint)))).await
+            }
         };
         told.map_err(|error| problem("control", &error, None))
     }

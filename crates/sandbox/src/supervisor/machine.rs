@@ -58,7 +58,11 @@ pub(super) async fn start(
         && let Some(what) = Fingerprint::of(&kernel, spec).difference(saved)
     {
         let message = format!("the saved machine cannot go on here: it was saved with {what}");
-        return Err(plain("restore-mismatch", message, Some("take a new snapshot where it is to be restored")));
+        return Err(plain(
+            "restore-mismatch",
+            message,
+            Some("take a new snapshot where it is to be restored"),
+        ));
     }
     let config = MachineConfig {
         kernel,

@@ -283,8 +283,10 @@ impl Session {
     ) -> Result<Option<Up>, Problem> {
         let Restore { from, machine, epoch, tables, fingerprint } = restore;
         exports.adopt(&tables)?;
-        let epoch = epoch.checked_add(1).ok_or_else(|| plain("restore", "it was restored too often", None))?;
+        let epoch =
+            epoch.checked_add(1).ok_or_else(|| plain("restore", "it was restored too often", None))?;
         let mut started = self.start_machine(program, lock, reach, Some((machine, &fingerprint))).await?;
+        tracing::debug!("the machine's process is jailed");
         let mut port = Port::new(started.take_stream()?);
         port.hail(epoch).await.map_err(|error| problem("restore", &error, None))?;
         match self.wait_for(&started, &port, lease, RESTORE_LIMIT).await {

@@ -116,7 +116,8 @@ impl FileServer {
             for node in &mut nodes {
                 // What the guest may have cached of files that go, it has of nobody's.
                 let path = self.nodes.path(node.id).ok().map(|(path, _)| path);
-                let known = path.and_then(|path| Some((Version::of(&self.export.tree.stat(&path).ok()?), path)));
+                let known =
+                    path.and_then(|path| Some((Version::of(&self.export.tree.stat(&path).ok()?), path)));
                 node.version = known.map(|(version, path)| (serde_bytes::ByteBuf::from(path), version));
             }
         }

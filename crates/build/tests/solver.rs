@@ -518,19 +518,19 @@ fn what_is_at_addresses_becomes_files() {
 
     // With one it is fetched once, whatever the address is by then.
     let right = digest("http://x.example/f");
-    let text = format!("FROM scratch\nARG SUM\nADD --checksum=$SUM http://x.example/f?1 /\n");
+    let text = "FROM scratch\nARG SUM\nADD --checksum=$SUM http://x.example/f?1 /\n";
     fixture.options.arguments.insert("SUM".into(), right.to_string());
-    fixture.build(&text);
+    fixture.build(text);
     assert_eq!(fixture.fetched.borrow_mut().drain(..).count(), 1);
     let (made, cached) = fixture.try_build("test", &text.replace("http://x", "https://other.x")).unwrap();
     assert_eq!((fixture.fetched.borrow().len(), cached), (0, 1));
     assert_eq!(made.files["/f"], "600 0:0 http://x.example/f");
     fixture.options.no_cache = true;
-    fixture.build(&text);
+    fixture.build(text);
     assert_eq!(fixture.fetched.borrow_mut().drain(..).count(), 1);
     let wrong = digest("other");
     fixture.options.arguments.insert("SUM".into(), wrong.to_string());
-    let error = fixture.try_build("wrong", &text).map(drop).unwrap_err();
+    let error = fixture.try_build("wrong", text).map(drop).unwrap_err();
     let expected = format!("Dockerfile:3:16: what was fetched has the digest {right}, not {wrong}");
     assert!(error.starts_with(&expected), "{error}");
     assert_eq!(fixture.store.list().unwrap().len(), 1, "nothing wrong has a name");

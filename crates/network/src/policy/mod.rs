@@ -88,7 +88,7 @@ impl Policy {
     ///
     /// # Errors
     /// Why not.
-    pub fn name(&self, name: &str, port: u16, protocol: Protocol) -> Result<Grounds, Refusal> {
+    pub fn name(&self, name: &str, port: u16, protocol: Protocol) -> Result<Grounds, Box<Refusal>> {
         if let Ok(address) = name.parse() {
             return self.address(address, port, protocol, None);
         }
@@ -99,7 +99,7 @@ impl Policy {
                 Cause::Rule(_) => None,
                 _ => Some(Rule::exact(Place::Name(name.clone()), port, protocol)),
             };
-            Err(Refusal { target, name: None, cause, allow })
+            Err(Box::new(Refusal { target, name: None, cause, allow }))
         };
         if let Some(rule) = self.denying(|rule| rule.is_about_name(&name), port, protocol) {
             return refuse(Cause::Rule(rule.clone()));
@@ -124,7 +124,7 @@ impl Policy {
         port: u16,
         protocol: Protocol,
         resolved_from: Option<&str>,
-    ) -> Result<Grounds, Refusal> {
+    ) -> Result<Grounds, Box<Refusal>> {
         let by_name = resolved_from.map(|name| self.name(name, port, protocol)).transpose()?;
         let spellings = floor::spellings(address);
         let canonical_address = address.to_canonical();
@@ -138,7 +138,7 @@ impl Policy {
                     Some(Rule::exact(place, port, protocol))
                 }
             };
-            Err(Refusal { target, name: resolved_from.map(canonical), cause, allow })
+            Err(Box::new(Refusal { target, name: resolved_from.map(canonical), cause, allow }))
         };
         // Denied is denied in every spelling; allowed is only what was written.
         let denied = |rule: &Rule| spellings.iter().any(|spelling| rule.is_about_address(*spelling));

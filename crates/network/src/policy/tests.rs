@@ -17,7 +17,7 @@ fn policy(mode: Mode, allow: &[&str], deny: &[&str]) -> Policy {
     )
 }
 
-fn ask(policy: &Policy, text: &str) -> Result<Grounds, Refusal> {
+fn ask(policy: &Policy, text: &str) -> Result<Grounds, Box<Refusal>> {
     let (text, protocol) = match text.strip_suffix("/udp") {
         Some(rest) => (rest, Protocol::Udp),
         None => (text, Protocol::Tcp),

@@ -86,9 +86,9 @@ enum FetchError {
     #[error("{address} is no address: {reason}")]
     Address { address: String, reason: String },
     #[error(transparent)]
-    Refused(#[from] Refusal),
+    Refused(#[from] Box<Refusal>),
     #[error("{place} redirects to {target}: {refusal}")]
-    RefusedRedirect { place: String, target: String, refusal: Refusal },
+    RefusedRedirect { place: String, target: String, refusal: Box<Refusal> },
     #[error("{place} redirects to where nothing may go: {reason}")]
     Redirect { place: String, reason: String },
     #[error("cannot find {host}: {reason}")]
@@ -319,7 +319,7 @@ impl Fetch<'_> {
             }
         }
         match refused {
-            Some(refusal) if permitted.is_empty() => Err(refusal.into()),
+            Some(refusal) if permitted.is_empty() => Err(FetchError::Refused(refusal)),
             _ => Ok((permitted, None)),
         }
     }

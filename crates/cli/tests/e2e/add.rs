@@ -212,7 +212,7 @@ fn what_may_be_reached_is_what_the_flags_say() {
     assert!(floored.accept().is_err(), "nobody came");
     build(&host, &by_name, &allowed).expect(0);
 
-    // A project has no say in it, and Docker's builder would not keep to it.
+    // Docker's builder would not keep to any of it.
     host.agentkernel(&["images", "rm", "tools"]).expect(0);
     host.agentkernel(&["images", "prune"]).expect(0);
     let said = build(&host, &direct, &["--engine", "docker", "--network", "none"]);

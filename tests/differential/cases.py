@@ -3,6 +3,7 @@
 `context`: files by path; a value is text, or (text, mode), or ("->", target), or None for an empty directory.
 `setup`: a shell script run in a copy of the context, for what Python's words above cannot make.
 `flags`: given to both builds. `first`: Dockerfiles built before, by name. `differences`: what has to differ, and why.
+`served`: files by path of a server on this machine, which `SERVER` in the Dockerfile stands for.
 `golden`: what Docker 20.10 cannot build; entries and configuration as the Dockerfile reference has them.
 """
 
@@ -58,6 +59,7 @@ CASES = [
     case("copy-from-links", "FROM base AS one\nRUN ln -s /etc/passwd /abs && ln -s abs /rel && mkdir /d && ln -s ../abs /d/l\nFROM base\nCOPY --from=one /rel /followed\nCOPY --from=one /d /kept\n"),
     case("add-tar", "FROM base\nADD t.tar /t\nADD t.tar.gz /gz/\nADD t.tar.xz /xz\nADD t.tar.bz2 /bz2\nADD a.txt /plain\n", {"a.txt": "a"}, setup="mkdir -p s/d; echo x > s/d/f; chmod 640 s/d/f; ln -s f s/d/l; ln s/d/f s/d/h; tar --owner=5 --group=6 --numeric-owner -cf t.tar -C s .; gzip -k t.tar; xz -k t.tar; bzip2 -k t.tar; rm -r s"),
     case("add-tar-over-link", "FROM base\nADD t.tar /\n", {}, setup="mkdir -p s/lnk; echo x > s/lnk/in; tar --owner=0 --group=0 -cf t.tar -C s lnk; rm -r s"),
+    case("add-url", "FROM base\nRUN mkdir /there\nADD SERVER/a.txt /named\nADD SERVER/d/b.bin?q /there\nADD SERVER/t.tar.gz a.txt /new/\nADD --chown=7:8 SERVER/a.txt /own/\n", {"a.txt": "local"}, served={"a.txt": b"a", "d/b.bin": b"b" * 5000, "t.tar.gz": b"\x1f\x8b no archive"}),
     case("stages-skipped", "FROM base AS no\nRUN exit 1\nFROM base AS yes\nRUN echo y > /y\nFROM yes\nRUN echo z > /z\n"),
     case("target", "FROM base AS one\nRUN echo 1 > /one\nFROM base AS two\nRUN exit 1\n", flags=["--target", "one"]),
     case("stage-of-stage", "FROM base AS one\nENV A=1\nWORKDIR /one\nUSER app\nFROM one AS two\nENV B=$A\nRUN echo $A$B > /tmp/ab\nFROM two\nLABEL l=$B\n"),

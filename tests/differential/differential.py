@@ -12,6 +12,7 @@ differs that `cases.py` does not justify, if a justification is out of date, or 
 import contextlib
 import gzip
 import hashlib
+import http.server
 import io
 import json
 import os
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -240,20 +242,50 @@ class Agentkernel:
         return None if done.returncode == 0 else done.stderr.decode(errors="replace")[-1500:]
 
 
+@contextlib.contextmanager
+def served(case):
+    """The Dockerfile and flags of a case, with a server for what it fetches, if it fetches anything."""
+    if "served" not in case:
+        yield case["dockerfile"], []
+        return
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            content = case["served"].get(self.path.split("?")[0].lstrip("/"))
+            self.send_response(404 if content is None else 200)
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            self.wfile.write(content or b"")
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"127.0.0.1:{server.server_port}"
+        yield case["dockerfile"].replace("SERVER", f"http://{place}"), ["--allow", place]
+        server.shutdown()
+
+
 def one(case, agentkernel, docker, scratch):
     """What differs in one case."""
+    with served(case) as (dockerfile, network):
+        return compared(case, dockerfile, network, agentkernel, docker, scratch)
+
+
+def compared(case, whole, network, agentkernel, docker, scratch):
     directory = Path(tempfile.mkdtemp(dir=scratch))
     context = write_context(case, directory)
     flags = case.get("flags", [])
     golden = "golden" in case
     results = []
-    for tag, text in [*case.get("first", {}).items(), ("result", case["dockerfile"])]:
+    for tag, text in [*case.get("first", {}).items(), ("result", whole)]:
         dockerfile = directory / f"{tag}.Dockerfile"
         if tag == "result" and (context / "Dockerfile.dockerignore").exists():
             dockerfile = context / "Dockerfile"
         dockerfile.write_text(text)
         own = flags if tag == "result" else []
-        if problem := agentkernel.build(tag, dockerfile, context, own, directory):
+        if problem := agentkernel.build(tag, dockerfile, context, [*own, *network], directory):
             return [f"agentkernel cannot build {tag}: {problem}"]
         # Secrets are read relative to where the command was typed.
         theirs = [flag.replace("src=context", f"src={context}") for flag in own]

@@ -1,6 +1,7 @@
 //! What the solver needs of the world: machines for its steps, and images by name. Whoever runs the steps implements it; the
 //! solver never knows what does.
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -45,6 +46,12 @@ pub trait Executor {
     /// # Errors
     /// If there is none, or it is damaged.
     fn image(&mut self, name: &str, on_event: OnEvent<'_>) -> Result<Base, Failure>;
+
+    /// Writes what is at an address, `http://` or `https://`, to `target`, an empty file; how that goes on is told.
+    ///
+    /// # Errors
+    /// If it may not be reached, cannot be fetched whole, or the disk is full.
+    fn fetch(&mut self, address: &str, target: &mut File, on_event: OnEvent<'_>) -> Result<(), Failure>;
 
     /// The root file system of these layers as one file.
     ///

@@ -90,6 +90,9 @@ impl<'s> Plan<'s> {
                 if is_directory == Some(false) {
                     return Err(Failure::new(format!("{destination} is a file, not a directory")));
                 }
+                if selection.name.is_empty() {
+                    return Err(nameless(destination));
+                }
                 let path = join(&resolved.path, &selection.name);
                 self.file(system, selection, number, &path, ownership, time)?;
             } else {
@@ -251,6 +254,15 @@ impl<'s> Plan<'s> {
             }
         }
         Ok(())
+    }
+}
+
+/// An address may end without anything that could be a file's name.
+pub(crate) fn nameless(destination: &str) -> Failure {
+    let directory = destination.trim_end_matches('/');
+    Failure {
+        message: "the address does not tell what the file is called".into(),
+        hint: Some(format!("name the file itself, not a directory: {directory}/NAME")),
     }
 }
 

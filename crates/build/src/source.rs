@@ -504,6 +504,24 @@ pub(crate) fn document(name: &str, content: String) -> Selection {
     Selection { name: name.as_bytes().to_vec(), items: vec![item], unpacked: false }
 }
 
+/// What came from an address, whole, as a file; only its owner may read it, as for Docker.
+pub(crate) fn fetched(name: &[u8], file: File, time: i64) -> io::Result<Selection> {
+    let metadata = Metadata { mode: 0o600, mtime: time, ..Metadata::default() };
+    let kind = NodeKind::File(file.metadata()?.len());
+    let data = Data::Section { file: Arc::new(file), position: 0 };
+    let item = Item { path: Vec::new(), metadata, kind, data, link: None };
+    Ok(Selection { name: name.to_vec(), items: vec![item], unpacked: false })
+}
+
+/// The digest of the content of what [`fetched`] made.
+pub(crate) fn file_digest(selection: &Selection) -> Result<Digest, Failure> {
+    let [Item { data: Data::Section { file, position }, .. }] = selection.items.as_slice() else {
+        return Err(Failure::new("nothing was fetched"));
+    };
+    let reader = SectionReader { file: file.clone(), position: *position };
+    Digest::read(reader).map_err(|error| Failure::new(format!("cannot read what was fetched: {error}")))
+}
+
 /// The digest of all that selections hold.
 pub(crate) fn digest(tree: &Tree<'_>, selections: &[Selection]) -> Result<Digest, Failure> {
     let mut hasher = Sha256::new();

@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -23,10 +24,14 @@ use agentkernel_image::{
 /// Steps that were run; each leaves a file `/ran-N`.
 type Steps = Rc<RefCell<Vec<Step>>>;
 
+/// Addresses that were fetched; what is there is what is before the last `?`.
+type Fetched = Rc<RefCell<Vec<String>>>;
+
 struct Fixture {
     directory: tempfile::TempDir,
     store: Store,
     steps: Steps,
+    fetched: Fetched,
     options: Options,
 }
 
@@ -34,6 +39,7 @@ struct Noted {
     store: Store,
     cache: PathBuf,
     steps: Steps,
+    fetched: Fetched,
 }
 
 struct NotedMachine(Steps);
@@ -45,6 +51,15 @@ impl Executor for Noted {
         let image = self.store.find(name).map_err(|error| Failure::new(error.to_string()))?;
         let configuration = serde_json::from_slice(&self.store.read_blob(&image.image_id).unwrap()).unwrap();
         Ok(Base { configuration, layers: image.layers.into_iter().zip(image.diff_ids).collect() })
+    }
+
+    fn fetch(&mut self, address: &str, target: &mut fs::File, _: OnEvent<'_>) -> Result<(), Failure> {
+        self.fetched.borrow_mut().push(address.to_owned());
+        if address.contains("refused") {
+            return Err(Failure { message: "it is refused".into(), hint: Some("--allow it".into()) });
+        }
+        target.write_all(address.split('?').next().unwrap().as_bytes()).unwrap();
+        Ok(())
     }
 
     fn root_file_system(&mut self, layers: &[(Descriptor, Digest)]) -> Result<PathBuf, Failure> {
@@ -92,7 +107,13 @@ impl Fixture {
         let directory = tempfile::tempdir().unwrap();
         fs::create_dir(directory.path().join("context")).unwrap();
         let store = Store::open(&directory.path().join("store")).unwrap();
-        Self { directory, store, steps: Steps::default(), options: Options::default() }
+        Self {
+            directory,
+            store,
+            steps: Steps::default(),
+            fetched: Fetched::default(),
+            options: Options::default(),
+        }
     }
 
     fn write(&self, path: &str, content: &str, mode: u32) {
@@ -114,6 +135,7 @@ impl Fixture {
             store: self.store.clone(),
             cache: self.directory.path().join("cache"),
             steps: self.steps.clone(),
+            fetched: self.fetched.clone(),
         };
         let mut cached = 0;
         let mut on_event = |event: Event<'_>| cached += usize::from(matches!(event, Event::Cached));
@@ -289,9 +311,37 @@ fn mistakes_are_told_with_their_place() {
         ("FROM scratch\nCOPY --chown=who a /", "there is no user called `who` in the image"),
         ("FROM scratch\nCOPY --chmod=u+x a /", "`u+x` is no mode"),
         ("FROM scratch\nCOPY --parents a /", "Dockerfile:2:6: --parents is not supported"),
+        ("FROM scratch\nCOPY a https://x.example/y /", "Dockerfile:2:8: COPY takes nothing from addresses"),
         (
-            "FROM scratch\nADD https://x.example/y /",
-            "Dockerfile:2:5: ADD of https://x.example/y needs a network",
+            "FROM scratch\nADD git@x.example:y.git /",
+            "Dockerfile:2:5: ADD of the git repository git@x.example:y.git",
+        ),
+        ("FROM scratch\nADD https://x.example/y.git#main:d /d", "Dockerfile:2:5: ADD of the git repository"),
+        ("FROM scratch\nADD --keep-git-dir a /", "Dockerfile:2:5: --keep-git-dir is not supported"),
+        ("FROM scratch\nADD https://refused.example/y /", "Dockerfile:2:5: it is refused"),
+        (
+            "FROM scratch\nADD https://x.example /d/",
+            "Dockerfile:2:5: the address does not tell what the file",
+        ),
+        (
+            "FROM scratch\nWORKDIR /d\nADD https://x.example /d",
+            "Dockerfile:3:1: the address does not tell what the file is called",
+        ),
+        (
+            "FROM scratch\nADD https://x.example/a https://x.example/b /x",
+            "Dockerfile:2:1: /x is to take several",
+        ),
+        (
+            "FROM scratch\nADD --checksum=sha256:0 a /",
+            "Dockerfile:2:16: --checksum is about an address, not a file",
+        ),
+        (
+            "FROM scratch\nADD --checksum=sha256:0 https://x.example/y a /",
+            "Dockerfile:2:16: --checksum is about one address",
+        ),
+        (
+            "FROM scratch\nADD --checksum=md5:0 https://x.example/y /",
+            "Dockerfile:2:16: `md5:0` is no checksum",
         ),
         ("FROM scratch\nRUN --mount=type=ssh x", "a mount of type ssh is not supported"),
         ("FROM scratch\nRUN --mount=type=secret,id=s,required x", "the secret `s` was not given"),
@@ -440,4 +490,48 @@ fn the_configuration_says_what_was_asked_for() {
     fixture.try_build("base", &base).unwrap();
     fixture.try_build("child", "FROM base\nENTRYPOINT other").unwrap();
     assert_eq!(id(&fixture), before);
+}
+
+#[test]
+fn what_is_at_addresses_becomes_files() {
+    let mut fixture = Fixture::new();
+    fixture.write("a", "a", 0o644);
+    let digest = |text: &str| Digest::of(text.as_bytes());
+    let text = "FROM scratch\nWORKDIR /there\nARG HOST=x.example\nADD http://$HOST/f?1 /named\nADD http://x.example/d/f /there\n\
+                ADD --chown=3:4 --chmod=644 http://x.example/t.tar.gz?token a /new/\n";
+    let (made, _) = fixture.try_build("test", text).unwrap();
+    for (path, expected) in [
+        ("/named", "600 0:0 http://x.example/f"),
+        ("/there/f", "600 0:0 http://x.example/d/f"),
+        ("/new/t.tar.gz", "644 3:4 http://x.example/t.tar.gz"),
+        ("/new/a", "644 3:4 a"),
+    ] {
+        assert_eq!(made.files.get(path).map(String::as_str), Some(expected), "{:?}", made.files);
+    }
+    assert_eq!(fixture.fetched.borrow_mut().drain(..).count(), 3);
+    // Without a checksum it is fetched again, and the same content is the same step.
+    let (again, cached) = fixture.try_build("test", text).unwrap();
+    assert_eq!((fixture.fetched.borrow_mut().drain(..).count(), cached), (3, 4));
+    assert_eq!(again.files, made.files);
+    let (_, cached) = fixture.try_build("test", &text.replace("f?1", "f?2")).unwrap();
+    assert_eq!((fixture.fetched.borrow_mut().drain(..).count(), cached), (3, 4));
+
+    // With one it is fetched once, whatever the address is by then.
+    let right = digest("http://x.example/f");
+    let text = "FROM scratch\nARG SUM\nADD --checksum=$SUM http://x.example/f?1 /\n";
+    fixture.options.arguments.insert("SUM".into(), right.to_string());
+    fixture.build(text);
+    assert_eq!(fixture.fetched.borrow_mut().drain(..).count(), 1);
+    let (made, cached) = fixture.try_build("test", &text.replace("http://x", "https://other.x")).unwrap();
+    assert_eq!((fixture.fetched.borrow().len(), cached), (0, 1));
+    assert_eq!(made.files["/f"], "600 0:0 http://x.example/f");
+    fixture.options.no_cache = true;
+    fixture.build(text);
+    assert_eq!(fixture.fetched.borrow_mut().drain(..).count(), 1);
+    let wrong = digest("other");
+    fixture.options.arguments.insert("SUM".into(), wrong.to_string());
+    let error = fixture.try_build("wrong", text).map(drop).unwrap_err();
+    let expected = format!("Dockerfile:3:16: what was fetched has the digest {right}, not {wrong}");
+    assert!(error.starts_with(&expected), "{error}");
+    assert_eq!(fixture.store.list().unwrap().len(), 1, "nothing wrong has a name");
 }

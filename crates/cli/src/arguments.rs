@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use agentkernel_sandbox::build::NetworkRule;
 use agentkernel_sandbox::client::Warmth;
 use agentkernel_sandbox::configuration::Profile;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -590,6 +591,16 @@ pub(crate) struct BuildArguments {
     /// Take nothing from earlier builds.
     #[arg(long)]
     pub no_cache: bool,
+    /// What ADD reaches of the network; RUN steps have none [default: public].
+    #[arg(long, value_name = "MODE")]
+    pub network: Option<BuildNetwork>,
+    /// Let ADD reach this: NAME, *.NAME, an address or a range, each with :PORT and /udp if wanted. With --network none
+    /// nothing else is reached. What is private is reached only if its address is allowed, never by its name.
+    #[arg(long, value_name = "RULE")]
+    pub allow: Vec<NetworkRule>,
+    /// Keep ADD from reaching this, whatever is allowed.
+    #[arg(long, value_name = "RULE")]
+    pub deny: Vec<NetworkRule>,
     /// What builds: agentkernel itself, or Docker if it is installed.
     #[arg(long, value_name = "ENGINE", default_value = "native")]
     pub engine: BuildEngine,
@@ -611,6 +622,14 @@ pub(crate) struct BuildArguments {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BuildNetwork {
+    /// Nothing but what --allow names.
+    None,
+    /// What is public: nothing of this machine, nor of the networks around it.
+    Public,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum BuildEngine {
     Native,
     Docker,
@@ -626,7 +645,9 @@ const BUILD_EXAMPLES: &str = "\
 Examples:
   agentkernel build -t my-tools .
   agentkernel run --image my-tools -- make test
-  agentkernel build -t my-tools --target test --build-arg VERSION=3 --secret id=token,env=TOKEN .";
+  agentkernel build -t my-tools --target test --build-arg VERSION=3 --secret id=token,env=TOKEN .
+  agentkernel build -t my-tools --network none --allow '*.example.com:443' .
+  agentkernel build -t my-tools --allow 10.0.0.5:8080 .";
 
 /// Keep images: the root file systems that sandboxes are made from.
 #[derive(Debug, Subcommand)]

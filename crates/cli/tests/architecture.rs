@@ -18,8 +18,9 @@ const ROOMS: &[(&str, &[&str], Unsafe)] = &[
     ("image", &[], Unsafe::Forbidden),
     // The jail: unshare, and descriptors that arrive by number.
     ("machine", &[], Unsafe::Allowed),
+    ("network", &[], Unsafe::Forbidden),
     ("protocol", &[], Unsafe::Forbidden),
-    ("sandbox", &["build", "image", "machine", "protocol"], Unsafe::Forbidden),
+    ("sandbox", &["build", "image", "machine", "network", "protocol"], Unsafe::Forbidden),
 ];
 
 #[derive(Clone, Copy, PartialEq)]

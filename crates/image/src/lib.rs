@@ -17,6 +17,7 @@ mod digest;
 mod error;
 #[cfg(fuzzing)]
 pub mod fuzzing;
+pub mod http;
 mod layer;
 mod layout;
 mod limits;

@@ -2,13 +2,15 @@
 //!
 //! ```text
 //! stage ─► state: configuration, layers, key ─┬─ ENV, USER ...   change the configuration
-//!                                             ├─ COPY, ADD       [`transfer`]: a layer made here, no machine needed
+//!                                             ├─ COPY, ADD       [`transfer`]: a layer made here, no machine needed;
+//!                                             │                  [`remote`]: what ADD takes from addresses
 //!                                             └─ RUN             [`run`]: a layer made in the stage's machine
 //! ```
 //! A stage's machine starts with its first RUN that is not in the cache, over the layers up to the last RUN that was; what
 //! was copied since is sent there. A key is a digest of the layers below and of all that the step's outcome depends on.
 
 mod names;
+mod remote;
 mod run;
 mod transfer;
 
@@ -84,6 +86,15 @@ pub enum Event<'a> {
     Output(&'a [u8]),
     /// A base image is on its way.
     Pull(&'a str, Transfer),
+    /// What is at an address is on its way.
+    Fetch {
+        /// The address.
+        address: &'a str,
+        /// Bytes that are there.
+        bytes: u64,
+        /// Bytes that are to come in all, if that is known.
+        size: Option<u64>,
+    },
     /// Something worth knowing.
     Note(String),
 }

@@ -1,4 +1,4 @@
-//! COPY, ADD and WORKDIR: layers made here.
+//! COPY, ADD and WORKDIR: layers made here. What ADD takes from addresses is fetched by [`super::remote`].
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -6,7 +6,8 @@ use std::io::{Read, Seek, SeekFrom};
 use agentkernel_image::{FileSystem, LayerReader, decompressed};
 
 use super::names::owner;
-use super::{Build, Executor, Solver, State};
+use super::remote::{Pinned, Remote};
+use super::{Build, Executor, Layer, Solver, State};
 use crate::dockerfile::{Instruction, Place, Transfer, TransferSource, Word};
 use crate::executor::Failure;
 use crate::ignore::{IgnoreFile, Pattern};
@@ -25,10 +26,9 @@ impl<E: Executor> Solver<'_, E> {
         transfer: &Transfer,
         is_add: bool,
     ) -> Build<bool> {
-        let refused = [&transfer.parents, &transfer.checksum, &transfer.keep_git_directory, &transfer.unpack];
+        let refused = [&transfer.parents, &transfer.keep_git_directory, &transfer.unpack];
         if let Some(flag) = refused.into_iter().flatten().next() {
-            let name = if flag.text.starts_with("--") { flag.text.clone() } else { "--checksum".into() };
-            return self.refuse(flag.place, format!("{name} is not supported"), None);
+            return self.refuse(flag.place, format!("{} is not supported", flag.text), None);
         }
         let mut exclude = IgnoreFile::default();
         for word in &transfer.exclude {
@@ -38,6 +38,9 @@ impl<E: Executor> Solver<'_, E> {
         }
         let ownership = self.ownership(state, transfer)?;
         let destination = self.destination(state, &transfer.destination)?;
+        if let Some(pinned) = self.pinned(state, transfer)? {
+            return self.add_pinned(state, instruction, &pinned, ownership, transfer.link, &destination);
+        }
         // Taken out meanwhile: another stage is looked at while this one changes.
         let other = match &transfer.from {
             Some(word) => Some(self.take_source(word)?),
@@ -95,13 +98,14 @@ impl<E: Executor> Solver<'_, E> {
                 }
                 TransferSource::Path(word) => {
                     let text = self.expand(state, word)?;
-                    if is_add && is_remote(&text) {
-                        let hint = Some("fetch it first and COPY it");
-                        return self.refuse(
-                            word.place,
-                            format!("ADD of {text} needs a network, which builds do not have yet"),
-                            hint,
-                        );
+                    if let Some(remote) = Remote::of(&text) {
+                        let remote = remote.map_err(|failure| self.at(word.place, failure))?;
+                        if !is_add {
+                            let hint = Some("ADD does");
+                            return self.refuse(word.place, "COPY takes nothing from addresses", hint);
+                        }
+                        selections.push(self.fetch(&remote, word.place, destination)?);
+                        continue;
                     }
                     let selected =
                         tree.select(&text, exclude).map_err(|failure| self.at(word.place, failure))?;
@@ -120,18 +124,53 @@ impl<E: Executor> Solver<'_, E> {
         let content = content.to_string();
         let parts = [destination.as_bytes(), how.as_bytes(), content.as_bytes()];
         let key = state.key.with(if is_add { "ADD" } else { "COPY" }, parts);
-        let time = self.time();
         self.cached(state, key, |solver, state| {
-            let store = solver.writing.store().clone();
-            // A linked layer knows nothing of what lies below it: no link of the image is followed.
-            let bare = FileSystem::new();
-            let files = if link { &bare } else { state.files(&mut *solver.executor, &store)? };
-            let mut plan = Plan::default();
-            let placed = plan.transfer(files, &selections, destination, ownership, time);
-            placed.map_err(|failure| solver.at(at, failure))?;
-            let made = solver.layer(|writer| plan.write(&tree, writer));
-            made.map_err(|failure| solver.at(at, failure))
+            solver.placed(state, at, &tree, &selections, destination, ownership, link)
         })
+    }
+
+    /// ADD of an address whose content is known beforehand: nothing is fetched if it was done before.
+    fn add_pinned(
+        &mut self,
+        state: &mut State<E::Machine>,
+        instruction: &Instruction,
+        pinned: &Pinned,
+        ownership: Ownership,
+        link: bool,
+        destination: &str,
+    ) -> Build<bool> {
+        let how = format!("{ownership:?} {link}");
+        let checksum = pinned.checksum.to_string();
+        let parts = [destination.as_bytes(), how.as_bytes(), &pinned.remote.name, checksum.as_bytes()];
+        let key = state.key.with("ADD --checksum", parts);
+        let tree = Tree::Context(self.context);
+        self.cached(state, key, |solver, state| {
+            let selections = [solver.fetch_pinned(pinned, destination)?];
+            solver.placed(state, instruction.place, &tree, &selections, destination, ownership, link)
+        })
+    }
+
+    /// The layer with what was selected.
+    #[allow(clippy::too_many_arguments)]
+    fn placed(
+        &mut self,
+        state: &mut State<E::Machine>,
+        at: Place,
+        tree: &Tree<'_>,
+        selections: &[Selection],
+        destination: &str,
+        ownership: Ownership,
+        link: bool,
+    ) -> Build<Option<Layer>> {
+        let time = self.time();
+        let store = self.writing.store().clone();
+        // A linked layer knows nothing of what lies below it: no link of the image is followed.
+        let bare = FileSystem::new();
+        let files = if link { &bare } else { state.files(&mut *self.executor, &store)? };
+        let mut plan = Plan::default();
+        let placed = plan.transfer(files, selections, destination, ownership, time);
+        placed.map_err(|failure| self.at(at, failure))?;
+        self.layer(|writer| plan.write(tree, writer)).map_err(|failure| self.at(at, failure))
     }
 
     /// An absolute destination, which keeps its slash at the end.
@@ -289,10 +328,6 @@ impl<E: Executor> Solver<'_, E> {
 pub(super) enum Origin {
     Stage(usize),
     Image(String),
-}
-
-fn is_remote(text: &str) -> bool {
-    ["http://", "https://", "git://", "ssh://", "git@"].iter().any(|prefix| text.starts_with(prefix))
 }
 
 fn begins_like_a_tar(file: &File) -> bool {

@@ -5,13 +5,13 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use agentkernel_sandbox::build::{BuildRequest, Engine, Event, ImageBuilder, Options};
+use agentkernel_sandbox::build::{BuildRequest, Egress, Engine, Event, ImageBuilder, NetworkMode, Options};
 use agentkernel_sandbox::configuration::BuildDefaults;
 use agentkernel_sandbox::project::CONFIGURATION_FILE;
 use agentkernel_sandbox::{Problem, io, plain};
 
 use super::{images, launch};
-use crate::arguments::{BuildArguments, BuildEngine, BuildProgress};
+use crate::arguments::{BuildArguments, BuildEngine, BuildNetwork, BuildProgress};
 use crate::{environment, ui};
 
 /// Largest secret, bytes.
@@ -30,6 +30,7 @@ pub(super) fn build(arguments: &BuildArguments) -> Result<u8, Problem> {
     if let Some(vcpus) = arguments.vcpus {
         builder.resources.vcpus = vcpus;
     }
+    builder.egress = egress(arguments)?;
     let defaults = Defaults::of(arguments)?;
     let request = BuildRequest {
         name: arguments.tag.clone(),
@@ -71,6 +72,20 @@ pub(super) fn build(arguments: &BuildArguments) -> Result<u8, Problem> {
         }
     }
     Ok(0)
+}
+
+/// What ADD may reach. It is said by flags alone: a project may be a stranger's.
+fn egress(arguments: &BuildArguments) -> Result<Egress, Problem> {
+    let is_said = arguments.network.is_some() || !arguments.allow.is_empty() || !arguments.deny.is_empty();
+    if is_said && arguments.engine == BuildEngine::Docker {
+        let message = "Docker does not keep to --network, --allow and --deny";
+        return Err(plain("build-network", message, Some("leave out --engine docker, or these")));
+    }
+    let mode = match arguments.network {
+        Some(BuildNetwork::None) => NetworkMode::None,
+        Some(BuildNetwork::Public) | None => NetworkMode::Public,
+    };
+    Ok(Egress { mode, allow: arguments.allow.clone(), deny: arguments.deny.clone() })
 }
 
 /// What the configuration of the directory that is built says.
@@ -151,6 +166,10 @@ impl View {
                     images::Bars::new(self.brief, "pulling")
                 });
                 bars.show(transfer);
+            }
+            Event::Fetch { address, bytes, size } => {
+                let of = size.map_or_else(String::new, |size| format!(" of {}", ui::size(size)));
+                self.status.say(&format!("  {}{of} from {}", ui::size(bytes), ui::line(address)));
             }
             Event::Output(bytes) if self.brief => {
                 self.keep(bytes);

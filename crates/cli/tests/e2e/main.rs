@@ -4,6 +4,7 @@
 //! of its own, and ends by asserting that no process, socket or directory of it is left.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod add;
 mod bad_input;
 mod build;
 mod executions;

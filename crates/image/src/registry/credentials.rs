@@ -186,7 +186,7 @@ async fn ask(
         if text.contains("credentials not found") {
             return Ok(None);
         }
-        return Err(failed(super::session::printable(text.trim())));
+        return Err(failed(crate::http::printable(text.trim())));
     }
     let answer: Answer =
         serde_json::from_slice(&output).map_err(|_| failed("its answer is not JSON".into()))?;

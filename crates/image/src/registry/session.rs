@@ -16,6 +16,7 @@ use tokio::time::timeout;
 use super::challenge::{self, Challenge};
 use super::credentials::{self, Credentials};
 use super::{RegistryError, RegistryOptions};
+use crate::http::{self, Reason, place, printable};
 use crate::reference::Reference;
 
 /// The longest pause that is made without being asked for.
@@ -24,8 +25,6 @@ const LONGEST_BACKOFF: Duration = Duration::from_secs(30);
 const REDIRECTS: usize = 5;
 /// Largest answer of a token server, and most that is read of a failure, bytes.
 const ANSWER_BYTES: u64 = 256 << 10;
-/// How this program calls itself.
-const NAME: &str = concat!("agentkernel/", env!("CARGO_PKG_VERSION"));
 
 /// A registry, and what it lets one do.
 pub(super) struct Session<'a> {
@@ -483,31 +482,20 @@ impl<'a> Session<'a> {
     pub(super) fn failure(&self, error: reqwest::Error, url: &Url) -> Failure {
         let host = place(error.url().unwrap_or(url));
         let error = error.without_url();
-        let mut deepest: &(dyn std::error::Error + 'static) = &error;
-        let mut tls = None;
-        let mut next = Some(deepest);
-        while let Some(cause) = next {
-            deepest = cause;
-            tls = tls.or(cause.downcast_ref::<rustls::Error>());
-            // The system's errors hold others without calling them their source.
-            let inner = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-            next = match inner {
-                Some(inner) => Some(inner as &(dyn std::error::Error + 'static)),
-                None => cause.source(),
-            };
-        }
-        let reason = printable(&deepest.to_string());
-        match tls {
-            Some(rustls::Error::InvalidMessage(_)) if place(&self.base) == host => {
-                Failure::Final(RegistryError::PlainHttp { registry: self.registry() })
-            }
-            Some(_) => Failure::Final(RegistryError::Tls { host, reason }),
-            None if error.is_redirect() => {
-                Failure::Final(RegistryError::Redirect { registry: self.registry(), reason })
-            }
-            None if error.is_builder() => Failure::Final(RegistryError::Client { reason }),
-            None if error.is_connect() => Failure::transient(RegistryError::Connect { host, reason }),
-            None => Failure::transient(RegistryError::Broken { host, reason }),
+        let reason = Reason::of(&error);
+        let (is_tls, is_plain, reason) = (reason.is_tls, reason.is_plain, reason.text);
+        if is_plain && place(&self.base) == host {
+            Failure::Final(RegistryError::PlainHttp { registry: self.registry() })
+        } else if is_tls {
+            Failure::Final(RegistryError::Tls { host, reason })
+        } else if error.is_redirect() {
+            Failure::Final(RegistryError::Redirect { registry: self.registry(), reason })
+        } else if error.is_builder() {
+            Failure::Final(RegistryError::Client { reason })
+        } else if error.is_connect() {
+            Failure::transient(RegistryError::Connect { host, reason })
+        } else {
+            Failure::transient(RegistryError::Broken { host, reason })
         }
     }
 }
@@ -522,13 +510,8 @@ fn client(
     options: &RegistryOptions,
     redirects: redirect::Policy,
 ) -> Result<Client, RegistryError> {
-    // The process's choice of cryptography; a choice made before is as good.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let mut builder = Client::builder()
-        .user_agent(NAME)
-        .connect_timeout(options.connect_timeout)
+    let mut builder = http::client(options.connect_timeout)
         .redirect(redirects)
-        .referer(false)
         .tls_danger_accept_invalid_certs(is_lenient(reference, options));
     if reference.is_loopback() {
         builder = builder.no_proxy();
@@ -561,17 +544,4 @@ fn basic(user: &str, secret: &str) -> String {
 
 pub(super) fn header(headers: &HeaderMap, name: &str) -> Option<String> {
     headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned)
-}
-
-/// Host and port of an address: the rest may hold secrets.
-fn place(url: &Url) -> String {
-    let host = url.host_str().unwrap_or("nowhere");
-    url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
-}
-
-/// Foreign words on one line, without what a terminal would obey.
-pub(super) fn printable(text: &str) -> String {
-    let kept =
-        text.chars().filter(|character| !character.is_control() || character.is_whitespace()).take(300);
-    kept.map(|character| if character.is_whitespace() { ' ' } else { character }).collect()
 }

@@ -6,10 +6,13 @@
 //! HOME/build-cache                 what steps made
 //! ```
 
+mod addresses;
 mod docker;
+mod fetch;
 mod machine;
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -21,6 +24,8 @@ use agentkernel_build::{BuildError, Context};
 pub use agentkernel_build::{Event, OnEvent, Options};
 use agentkernel_image::registry::{self, RegistryOptions};
 use agentkernel_image::{Descriptor, Digest, Reference, RootFileSystem, StoreError, StoredImage};
+use agentkernel_network::Policy;
+pub use agentkernel_network::{InvalidRule, Mode as NetworkMode, Rule as NetworkRule};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 
@@ -31,6 +36,7 @@ use crate::problem::{Problem, io, plain, problem};
 use crate::state::{Home, random_word, write_atomically};
 
 use docker::Docker;
+pub use fetch::Egress;
 use machine::{BuildMachine, failure};
 
 /// Name of the directory of records.
@@ -123,6 +129,8 @@ pub struct ImageBuilder {
     pub resources: Resources,
     /// How images that are not here are fetched.
     pub registry: RegistryOptions,
+    /// What ADD may reach.
+    pub egress: Egress,
 }
 
 /// One build.
@@ -186,6 +194,7 @@ impl ImageBuilder {
             program: program.to_owned(),
             resources: Resources::default(),
             registry: RegistryOptions::default(),
+            egress: Egress::default(),
         })
     }
 
@@ -279,7 +288,8 @@ impl ImageBuilder {
             .map_err(io("start the build"))?;
         let cache = Cache::open(&self.home.path().join(STEPS)).map_err(io("open the build cache"))?;
         let writing = self.images.store().writing().map_err(store_problem)?;
-        let mut executor = Machines { builder: self, runtime: Rc::new(runtime) };
+        let policy = self.egress.policy();
+        let mut executor = Machines { builder: self, runtime: Rc::new(runtime), policy };
         let manifest = agentkernel_build::build(
             &dockerfile,
             &source,
@@ -441,6 +451,8 @@ pub(crate) fn forget_steps(home: &Home) -> Result<(), Problem> {
 struct Machines<'a> {
     builder: &'a ImageBuilder,
     runtime: Rc<Runtime>,
+    /// What ADD may reach.
+    policy: Policy,
 }
 
 impl Executor for Machines<'_> {
@@ -477,6 +489,11 @@ impl Executor for Machines<'_> {
         let configuration = serde_json::from_slice(&document)
             .map_err(|error| Failure::new(format!("the configuration of {name} is damaged: {error}")))?;
         Ok(Base { configuration, layers: image.layers.into_iter().zip(image.diff_ids).collect() })
+    }
+
+    fn fetch(&mut self, address: &str, target: &mut File, on_event: OnEvent<'_>) -> Result<(), Failure> {
+        let limits = fetch::Limits::default();
+        self.runtime.block_on(fetch::fetch(&self.policy, &limits, address, target, on_event))
     }
 
     fn root_file_system(&mut self, layers: &[(Descriptor, Digest)]) -> Result<PathBuf, Failure> {
@@ -581,7 +598,7 @@ fn find_dockerfile(context: &Path, given: Option<&Path>) -> Result<(PathBuf, Vec
 fn read_bounded(path: &Path) -> Result<Vec<u8>, Problem> {
     use std::io::Read;
     let what = || format!("read {}", path.display());
-    let file = std::fs::File::open(path).map_err(io(what()))?;
+    let file = File::open(path).map_err(io(what()))?;
     let mut text = Vec::new();
     file.take(BYTES_LIMIT as u64 + 1).read_to_end(&mut text).map_err(io(what()))?;
     Ok(text)

@@ -41,13 +41,33 @@ def adopt_orphans():
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+def with_loopback(*command):
+    """A command in a new network namespace: whoever expects a loopback finds one."""
+    return ["sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
+
+
+def make_root(directory):
+    """An archive of a root file system with one static busybox in it."""
+    root = directory / "root"
+    (root / "bin").mkdir(parents=True)
+    shutil.copy(BUSYBOX, root / "bin/busybox")
+    for name in ("true", "sleep", "sh"):
+        (root / "bin" / name).symlink_to("busybox")
+    archive = directory / "root.tar"
+    run(["tar", "--create", "--file", archive, "--directory", root, "."])
+    return archive
+
+
 class Docker:
     """A daemon of our own with one image: a static busybox. Its data, sockets and containers lie in a temporary directory;
-    it makes no bridge and no firewall rule; it is gone when this is left."""
+    it is gone when this is left. It makes no bridge and no firewall rule; or, with `bridge`, those of Docker's default
+    network, in a network namespace that only it and its containers are in. No such namespace has a name: it goes with the
+    last process in it."""
 
     IMAGE = "agentkernel-bench"
 
-    def __init__(self):
+    def __init__(self, bridge=False):
+        self.bridge = bridge
         self.directory = Path(tempfile.mkdtemp(prefix="agentkernel-docker.", dir="/var/tmp"))
         self.socket = self.directory / "docker.sock"
         self.process = None
@@ -74,12 +94,15 @@ class Docker:
         # Not the machine's configuration, which may set the same options.
         (self.directory / "daemon.json").write_text("{}")
         own = self.directory
+        network = [] if self.bridge else ["--bridge=none", "--iptables=false"]
         self.process = subprocess.Popen(
             [
+                *(["unshare", "--net", *with_loopback()] if self.bridge else []),
                 program,
                 *("--data-root", own / "data", "--exec-root", own / "exec", "--pidfile", own / "pid"),
                 *("--host", f"unix://{self.socket}", "--config-file", own / "daemon.json"),
-                *("--bridge=none", "--iptables=false", "--ip6tables=false", "--storage-driver=overlay2"),
+                *network,
+                *("--ip6tables=false", "--storage-driver=overlay2"),
                 *("--exec-opt", "native.cgroupdriver=cgroupfs", "--cgroup-parent", f"/{self.cgroup}"),
             ],
             stdin=subprocess.DEVNULL,
@@ -99,20 +122,13 @@ class Docker:
         return ["env", f"HOME={self.directory}", self.client, "--host", f"unix://{self.socket}", *words]
 
     def load_image(self):
-        root = self.directory / "root"
-        (root / "bin").mkdir(parents=True)
-        shutil.copy(BUSYBOX, root / "bin/busybox")
-        for name in ("true", "sleep", "sh"):
-            (root / "bin" / name).symlink_to("busybox")
-        archive = self.directory / "root.tar"
-        run(["tar", "--create", "--file", archive, "--directory", root, "."])
-        run(self.command("import", str(archive), self.IMAGE))
+        run(self.command("import", str(make_root(self.directory)), self.IMAGE))
 
     def version(self):
         return run(self.command("version", "--format", "{{.Server.Version}}")).decode().strip()
 
-    def run_command(self, *words):
-        return self.command("run", "--rm", "--network", "none", self.IMAGE, *words)
+    def run_command(self, *words, network=False, image=IMAGE):
+        return self.command("run", "--rm", *([] if network else ["--network", "none"]), image, *words)
 
     def __exit__(self, *_):
         """Containers, daemon, what it left running, mounts, files: all of it, in this order."""

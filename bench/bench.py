@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures agentkernel, and Docker beside it on the same machine in the same run.
+"""Measures agentkernel, and Docker and Podman beside it on the same machine in the same run.
 
     make bench                              (as root, because Docker's daemon needs it)
     bench/bench.py --without-docker
@@ -7,8 +7,11 @@
 
 Prints a table and writes every single figure to bench-results/<time>.json. What is compared takes turns (A B A B), so
 that a busy moment of the host meets both. Docker's daemon is one of our own: its data, sockets and containers lie in a
-temporary directory, it makes no bridge and no firewall rule, and it is gone afterwards, also after Ctrl-C. So is
-agentkernel's state: it lies in the build's directory, where the kernel is kept for the next time.
+temporary directory, its bridge and firewall rules in a network namespace that only it is in, and it is gone afterwards,
+also after Ctrl-C. The same goes for Podman. So is agentkernel's state: it lies in the build's directory, where kernel and
+templates are kept for the next time.
+
+What is called cold is booted (`--cold`). Everything else begins with a template, as it does for whoever uses agentkernel.
 """
 
 import argparse
@@ -33,11 +36,13 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
-from docker import BUSYBOX, LIMIT, ROOT, Docker, adopt_orphans, fail, run, target_directory
+import warm
+from docker import BUSYBOX, LIMIT, ROOT, Docker, adopt_orphans, fail, run, target_directory, why_no_bridge
+from measure import MIB, PYTHON, say, smaps, summary, timed
+from podman import Podman
 
-PYTHON = "/usr/bin/python3"
-MIB = 1 << 20
 STREAM_BLOCKS = 1024
 # What `list` meets.
 LISTED = 1000
@@ -50,11 +55,17 @@ LAYERS, LAYER_FILES, LAYER_FILE_BYTES = 3, 1600, 64 << 10
 CONTEXT_FILES, CONTEXT_FILE_BYTES = 50, 100 << 20
 
 
-def timed(command, **options):
-    """Wall time of a command, ms."""
-    begun = time.perf_counter()
-    run(command, **options)
-    return (time.perf_counter() - begun) * 1e3
+class Engines(NamedTuple):
+    """What is measured beside agentkernel; None where it is not."""
+
+    docker: Docker | None
+    podman: Podman | None
+    # Why there is no default network of Docker's, if so.
+    bridge_problem: str | None
+
+    def processes(self):
+        """Those that all of theirs descend from."""
+        return [engine.process.pid for engine in (self.docker, self.podman) if engine]
 
 
 # ---- agentkernel ----------------------------------------------------------------------------------------------------
@@ -78,6 +89,18 @@ class Agentkernel:
     def remove_all(self):
         command = [self.program, "rm", "--force", "--all"]
         subprocess.run(command, capture_output=True, timeout=LIMIT, stdin=subprocess.DEVNULL)
+        self.forget_snapshots()
+
+    def forget(self, name):
+        """Removes a sandbox, if it is there."""
+        subprocess.run(self.command("rm", "--force", name), capture_output=True, timeout=LIMIT, stdin=subprocess.DEVNULL)
+
+    def forget_snapshots(self):
+        listed = subprocess.run(
+            self.command("snapshot", "list", "--json"), capture_output=True, timeout=LIMIT, stdin=subprocess.DEVNULL
+        )
+        if names := [snapshot["name"] for snapshot in json.loads(listed.stdout or "[]")]:
+            subprocess.run(self.command("snapshot", "rm", *names), capture_output=True, timeout=LIMIT)
 
     def command(self, *words):
         return [self.program, *words]
@@ -85,15 +108,16 @@ class Agentkernel:
     def call(self, *words, **options):
         return run(self.command(*words), cwd=self.project, **options)
 
-    def run_command(self, *words):
-        return self.command("run", "--quiet", "--", *words)
+    def run_command(self, *words, cold=False, image=None):
+        flags = [*(["--cold"] if cold else []), *(["--image", image] if image else [])]
+        return self.command("run", "--quiet", *flags, "--", *words)
 
     def exec_command(self, name, *words, user=None):
         return self.command("exec", "--quiet", *(("--user", user) if user else ()), name, "--", *words)
 
-    def benchmark(self, count, *words):
+    def benchmark(self, count, *words, cold=False):
         """Figures of `count` executions in one machine."""
-        flags = ["--json", "--count", str(count), "--workspace", "none"]
+        flags = ["--json", "--count", str(count), "--workspace", "none", *(["--cold"] if cold else [])]
         return json.loads(self.call("benchmark", *flags, "--", *words))
 
     @contextlib.contextmanager
@@ -103,7 +127,7 @@ class Agentkernel:
         try:
             yield name
         finally:
-            subprocess.run(self.command("rm", "--force", name), capture_output=True, timeout=LIMIT)
+            self.forget(name)
 
 
 def reap_ended():
@@ -122,9 +146,9 @@ def descendants(process):
 
 
 def holdings(agentkernel, apart):
-    """What this bench and all it started hold, without the tree of the process `apart`: Docker's daemon."""
+    """What this bench and all it started hold, without the trees of the processes `apart`: Docker's daemon, Podman."""
     reap_ended()
-    foreign = {apart, *descendants(apart)} if apart else set()
+    foreign = {process for root in apart for process in (root, *descendants(root))}
     processes = [child for child in descendants(os.getpid()) if child not in foreign]
     descriptors = 0
     for process in (os.getpid(), *processes):
@@ -137,15 +161,6 @@ def holdings(agentkernel, apart):
                 size += os.lstat(os.path.join(inner, name)).st_blocks * 512
                 files += 1
     return {"processes": len(processes), "descriptors": descriptors, "state_files": files, "state_bytes": size}
-
-
-def proportional_bytes(process):
-    """What a process takes of the memory, pages shared with others divided among them."""
-    with contextlib.suppress(OSError, TypeError):
-        for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) << 10
-    return 0
 
 
 def status_of(process, name):
@@ -241,27 +256,30 @@ def stream(agentkernel):
 # A section measures some figures and returns them raw. Times in ms.
 
 
-def section_cold(agentkernel, docker, options):
-    """a machine for one command, from nothing"""
-    raw = {"run_true": [], "docker_run_true": [], "run_python": []}
+def section_cold(agentkernel, engines, options):
+    """a machine booted for one command"""
+    docker = engines.docker
+    raw = {"run_true": [], "docker_run_true": [], "run_python": [], "start_booted": []}
     inside = {"cwd": agentkernel.project}
     say("warming up: disk template, page cache")
-    run(agentkernel.run_command("true"), **inside)
+    run(agentkernel.run_command("true", cold=True), **inside)
     if docker:
         run(docker.run_command("true"))
     for number in range(options.rounds):
-        say(f"run -- true, {number + 1} of {options.rounds}")
-        raw["run_true"].append(timed(agentkernel.run_command("true"), **inside))
+        say(f"run --cold -- true, {number + 1} of {options.rounds}")
+        raw["run_true"].append(timed(agentkernel.run_command("true", cold=True), **inside))
         if docker:
             raw["docker_run_true"].append(timed(docker.run_command("true")))
     for number in range(max(3, options.rounds // 2)):
-        say(f"run -- python3 -c pass, {number + 1}")
-        raw["run_python"].append(timed(agentkernel.run_command(PYTHON, "-c", "pass"), **inside))
+        say(f"run --cold -- python3 -c pass, {number + 1}")
+        raw["run_python"].append(timed(agentkernel.run_command(PYTHON, "-c", "pass", cold=True), **inside))
+        raw["start_booted"].append(agentkernel.benchmark(1, BUSYBOX, "true", cold=True)["start_ms"])
     return raw
 
 
-def section_exec(agentkernel, docker, options):
+def section_exec(agentkernel, engines, options):
     """a static program in a live sandbox: from a process, from a client that stays, on the agent's own stream"""
+    docker = engines.docker
     names = ("exec_process", "docker_exec_process", "exec_true", "agent_true", "start")
     raw = {name: [] for name in (*names, "client_start", "docker_client_start")}
     raw |= {"machine_rss_bytes": [], "supervisor_rss_bytes": []}
@@ -293,24 +311,25 @@ def section_exec(agentkernel, docker, options):
     return raw
 
 
-def section_python(agentkernel, docker, options):
-    """python3 in a live machine, for the first time and then"""
-    raw = {"python_first": [], "python_second": []}
+def section_python(agentkernel, engines, options):
+    """python3 in a live machine, for the first time and then; where templates are made, it has run before"""
+    raw = {"python_booted_first": [], "python_first": [], "python_second": []}
     for number in range(3):
         say(f"python3 in a live machine, {number + 1} of 3")
+        raw["python_booted_first"].append(agentkernel.benchmark(1, PYTHON, "-c", "pass", cold=True)["runs_ms"][0])
         runs = agentkernel.benchmark(10, PYTHON, "-c", "pass")["runs_ms"]
         raw["python_first"].append(runs[0])
         raw["python_second"].append(runs[1])
     return raw
 
 
-def section_stream(agentkernel, docker, options):
+def section_stream(agentkernel, engines, options):
     """1 GiB of output"""
     say("1 GiB of output")
     return {"stream": stream(agentkernel)}
 
 
-def section_list(agentkernel, docker, options):
+def section_list(agentkernel, engines, options):
     """list, where there are 1000 sandboxes"""
     say(f"{LISTED} sandboxes")
     agentkernel.call("create", "list-0", "--no-start", "--workspace", "none")
@@ -333,10 +352,10 @@ def section_list(agentkernel, docker, options):
             shutil.rmtree(copy, ignore_errors=True)
 
 
-def section_churn(agentkernel, docker, options):
+def section_churn(agentkernel, engines, options):
     """sandboxes made, used and removed one after the other: what stays behind"""
     raw = {"churn_create": [], "churn_exec": [], "churn_remove": [], "holdings": []}
-    apart = docker.process.pid if docker else None
+    apart = engines.processes()
 
     def once():
         create = agentkernel.command("create", "churn", "--quiet", "--workspace", "none")
@@ -344,7 +363,7 @@ def section_churn(agentkernel, docker, options):
         raw["churn_exec"].append(timed(agentkernel.exec_command("churn", BUSYBOX, "true")))
         raw["churn_remove"].append(timed(agentkernel.command("rm", "--force", "churn")))
 
-    # The first one makes the empty disk that the others copy.
+    # The first one makes the template that the others begin with.
     once()
     raw["holdings"].append(holdings(agentkernel, apart))
     for number in range(options.churn):
@@ -355,12 +374,15 @@ def section_churn(agentkernel, docker, options):
     return raw
 
 
-def section_live(agentkernel, docker, options):
-    """20 sandboxes alive at once: what they take of the memory"""
+def section_live(agentkernel, engines, options):
+    """20 sandboxes of one template alive at once: what they take of the memory"""
     names = [f"live-{number}" for number in range(ALIVE)]
     flags = ("--quiet", "--workspace", "none", "--memory", ALIVE_MEMORY, "--vcpus", "1")
     create = lambda name: timed(agentkernel.command("create", name, *flags), cwd=agentkernel.project)
     say(f"{ALIVE} at once")
+    # Makes the template of such machines.
+    create("live")
+    agentkernel.forget("live")
     with ThreadPoolExecutor(ALIVE_STARTING) as pool:
         started = list(pool.map(create, names))
     # Every one of them works.
@@ -369,7 +391,7 @@ def section_live(agentkernel, docker, options):
     if sorted(stat["name"] for stat in stats) != sorted(names):
         fail(f"stats shows {len(stats)} of {ALIVE} sandboxes")
     processes = [(info["machine_pid"], info["supervisor_pid"]) for info in json.loads(agentkernel.call("list", "--json"))]
-    proportional = [proportional_bytes(machine) + proportional_bytes(supervisor) for machine, supervisor in processes]
+    proportional = [smaps(machine).get("Pss", 0) + smaps(supervisor).get("Pss", 0) for machine, supervisor in processes]
     removed = timed(agentkernel.command("rm", "--force", *names))
     left = json.loads(agentkernel.call("list", "--json"))
     if left:
@@ -392,7 +414,7 @@ def make_project(directory):
     run([*git, "commit", "--quiet", "--message", "all"])
 
 
-def section_files(agentkernel, docker, options):
+def section_files(agentkernel, engines, options):
     """git status and grep -r over 50 000 files: in the workspace, and on the guest's own disk"""
     say(f"a workspace of {DIRECTORIES * FILES} files")
     raw = {}
@@ -435,15 +457,16 @@ def section_files(agentkernel, docker, options):
     return raw
 
 
-def section_demo(agentkernel, docker, options):
+def section_demo(agentkernel, engines, options):
     """make demo, a second time"""
     say("make demo, again")
     run([ROOT / "scripts/demo"])
     return {"demo_again": [timed([ROOT / "scripts/demo"])]}
 
 
-def section_build(agentkernel, docker, options):
+def section_build(agentkernel, engines, options):
     """images: built again, built with one file changed, ten steps of `true`; a large image unpacked, a large context"""
+    docker = engines.docker
     names = ("build_again", "build_changed", "build_one", "build_ten")
     raw = {name: [] for name in (*names, *(f"docker_{name}" for name in names), "flatten", "tar_extract")}
     with tempfile.TemporaryDirectory(prefix="bench-build.", dir=agentkernel.state.parent) as directory:
@@ -584,13 +607,28 @@ def write_image(path, name, layers):
 
 
 SECTIONS = {
-    name.removeprefix("section_"): section for name, section in list(globals().items()) if name.startswith("section_")
+    section.__name__.removeprefix("section_"): section
+    for section in (
+        warm.section_warm,
+        warm.section_stages,
+        warm.section_fork,
+        warm.section_restored,
+        section_cold,
+        section_exec,
+        section_python,
+        section_stream,
+        section_list,
+        section_churn,
+        section_live,
+        section_files,
+        section_demo,
+        section_build,
+    )
 }
-
-
-def say(text):
-    if sys.stderr.isatty():
-        print(f"\r\x1b[2K{text} ...", end="", file=sys.stderr, flush=True)
+# Those that measure Docker, or Podman, too.
+BESIDE_DOCKER, BESIDE_PODMAN = ("warm", "cold", "exec", "build"), ("warm",)
+# From how many figures on the percentiles say more than the extremes.
+PERCENTILES_FROM = 20
 
 
 def guest_binary(target):
@@ -603,9 +641,12 @@ def guest_binary(target):
 def spread(values, unit="ms"):
     if not values:
         return "-"
-    digits = 0 if statistics.median(values) >= 100 else 1
-    middle, low, high = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
-    return f"{middle} {unit} ({low}-{high}, n={len(values)})"
+    said = summary(values)
+    shown = ("p50", "p95", "p99") if len(values) >= PERCENTILES_FROM else ("p50", "least", "most")
+    digits = 0 if said["p50"] >= 100 else 1
+    middle, second, third = (f"{said[name]:.{digits}f}" for name in shown)
+    extent = f"p95 {second}, p99 {third}" if len(values) >= PERCENTILES_FROM else f"{second}-{third}"
+    return f"{middle} {unit} ({extent}, n={len(values)})"
 
 
 def mib(value):
@@ -616,12 +657,32 @@ def table(result):
     raw = result["raw"]
     docker = result["docker"]
     rows = [
+        ("warm: run -- true", "warm_true", "docker_run_default"),
+        ("    docker run --network none", "warm_true", "docker_run_none"),
+        ("    podman run", "warm_true", "podman_run_default"),
+        ("    podman run --network none", "warm_true", "podman_run_none"),
+        ("    run --cold -- true, in turns", "warm_cold", "docker_run_default"),
+        ("warm: run -- python3 -c pass", "warm_python", "docker_python_default"),
+        ("    docker run --network none", "warm_python", "docker_python_none"),
+        ("fork, 512 MiB", "fork", None),
+        ("    first exec in the child", "fork_first_exec", None),
+        ("    both: until a command has run", "fork_ready", None),
+        ("    the parent stood still", "fork_still", None),
+        ("    exec in the parent, afterwards", "fork_parent_exec", None),
+        ("exec, a process: booted machine", "exec_in_booted", None),
+        ("    begun with a template", "exec_in_template", None),
+        ("    a fork", "exec_in_fork", None),
+        ("    restored from a snapshot", "exec_in_snapshot", None),
+        ("exec, one client: booted machine", "client_exec_booted", None),
+        ("    begun with a template", "client_exec_template", None),
         ("cold: run -- true", "run_true", "docker_run_true"),
         ("cold: run -- python3 -c pass", "run_python", None),
-        ("machine start, until ready", "start", None),
+        ("machine start, booted", "start_booted", None),
+        ("machine start, with a template", "start", None),
         ("exec of a static true, a process", "exec_process", "docker_exec_process"),
         ("the same inside one client", "exec_true", "docker_exec_process"),
         ("the same on the agent's stream", "agent_true", None),
+        ("python3 -c pass, booted, first", "python_booted_first", None),
         ("python3 -c pass, live, first", "python_first", None),
         ("python3 -c pass, live, second", "python_second", None),
         ("the client alone, --version", "client_start", "docker_client_start"),
@@ -640,19 +701,33 @@ def table(result):
     yield f"host {result['host_kernel']}, {result['host_processors']} processors, load {before:.1f} before and {after:.1f} " \
         f"after; {result['date']}"
     yield f"agentkernel: {result['accelerator']}, guest kernel {result['guest_kernel']}, {result['vcpus']} vCPUs, " \
-        f"{result['memory_mib']} MiB"
+        f"{result['memory_mib']} MiB; {result['qemu']}"
     if docker:
-        yield f"docker: {docker}, runc, overlay2, no network; image: one static busybox"
-    yield "Times are median (least-most)."
+        yield f"docker: {docker}, runc, overlay2, no network but where none is named; image: one static busybox"
+    if result["podman"]:
+        yield f"podman: {result['podman']}, {Podman.RUNTIME}, overlay, netavark, as root; the same image"
+    for name, problem in result["network_problems"].items():
+        if problem:
+            yield f"{name}'s default network cannot work here and was not measured: {problem}"
+    yield f"Times are median (least-most), or median, p95 and p99 of {PERCENTILES_FROM} and more."
     yield ""
-    yield from comparison("agentkernel", "Docker", rows, raw)
+    yield from comparison("agentkernel", "Docker, Podman", rows, raw)
     if "grep_workspace_first" in raw:
         yield ""
         yield from comparison("workspace", "the guest's own disk", list(file_rows()), raw)
         yield f"{DIRECTORIES * FILES} files of {FILE_BYTES} bytes, git's own besides; workspace copy-on-write"
     yield ""
+    if "stages" in raw:
+        yield from warm.stage_rows(raw["stages"])
+        yield ""
+    if ten := raw.get("ten_children"):
+        yield f"{f'{warm.CHILDREN} children of one parent':32}{ten['fork_ms'] / 1e3:.1f} s, it stood still for {ten['still_ms']:.0f} ms"
+        for name, text in (("idle", "idle"), ("after_exec", "after one command")):
+            private, pss = ([child[key] / MIB for child in ten[name]] for key in ("private_bytes", "pss_bytes"))
+            yield f"{f'    {text}: private, each':32}{spread(private, 'MiB')}"
+            yield f"{f'    {text}: with its part of what is shared':32} {spread(pss, 'MiB')}"
     if "machine_rss_bytes" in raw:
-        yield f"{'memory: machine':32}{mib(statistics.median(raw['machine_rss_bytes']))}"
+        yield f"{'memory: machine, resident':32}{mib(statistics.median(raw['machine_rss_bytes']))}"
         yield f"{'memory: supervisor':32}{mib(statistics.median(raw['supervisor_rss_bytes']))}"
     if live := raw.get("live"):
         machines = [stat["machine_memory_bytes"] / MIB for stat in live["stats"]]
@@ -688,13 +763,13 @@ def table(result):
 
 def comparison(ours, theirs, rows, raw):
     """Lines of what was measured of `rows`: text, name of our figures, name of theirs if there are any."""
-    yield f"{'':34}{ours:34}{theirs:34}ratio"
+    yield f"{'':36}{ours:40}{theirs:40}ratio"
     for text, name, other in rows:
         if name not in raw:
             continue
         compared = raw.get(other) or []
         ratio = f"{statistics.median(raw[name]) / statistics.median(compared):.2f}" if compared else "-"
-        yield f"{text:34}{spread(raw[name]):34}{spread(compared):34}{ratio}"
+        yield f"{text:36}{spread(raw[name]):40}{spread(compared):40}{ratio}"
 
 
 def file_rows():
@@ -718,7 +793,25 @@ def reach(raw, guest_bytes, where):
     seconds = lambda name: middle(name) / 1e3
     warm = lambda kind, place: [f"{kind}_{place}_{time_of}" for time_of in ("second", "again")]
     rounds = len(raw.get("churn_create", ())) - 1
+    still, ten = raw.get("fork_still"), raw.get("ten_children")
+    private = lambda: max(child["private_bytes"] for child in ten["idle"]) / MIB
     goals = [
+        ("warm", f"warm run -- true / docker run, {where}", "<=", 0.5, lambda: divide(["warm_true"], ["docker_run_default"])),
+        ("warm", f"warm run -- true / docker run --network none, {where}", "<=", 0.5,
+            lambda: divide(["warm_true"], ["docker_run_none"])),
+        ("warm", f"warm run -- python3 / docker run, {where}", "<=", 1.5,
+            lambda: divide(["warm_python"], ["docker_python_default"])),
+        ("warm", f"warm run -- python3 / docker run --network none, {where}", "<=", 1.5,
+            lambda: divide(["warm_python"], ["docker_python_none"])),
+        ("fork", f"fork of 512 MiB until a command has run, s, {where}", "<=", 0.5, lambda: seconds("fork_ready")),
+        ("fork", f"the forked sandbox stood still, ms, {where}", "<=", 150, lambda: middle("fork_still")),
+        ("fork", "    the same, p95", "<=", 150, lambda: summary(still)["p95"]),
+        ("fork", f"private memory of {warm.CHILDREN} idle children, the most, MiB", "<=", 60, private),
+        ("restored", f"exec: restored from a snapshot / booted, {where}", "<=", 1.1,
+            lambda: divide(["exec_in_snapshot"], ["exec_in_booted"])),
+        ("restored", f"exec: a fork / booted, {where}", "<=", 1.1, lambda: divide(["exec_in_fork"], ["exec_in_booted"])),
+        ("restored", f"exec inside one client: template / booted, {where}", "<=", 1.1,
+            lambda: divide(["client_exec_template"], ["client_exec_booted"])),
         ("cold", f"cold run -- true / docker run, {where}", "<=", 10, lambda: divide(["run_true"], ["docker_run_true"])),
         ("exec", f"exec / docker exec, processes, {where}", "<=", 0.3,
             lambda: divide(["exec_process"], ["docker_exec_process"])),
@@ -754,6 +847,10 @@ def reach(raw, guest_bytes, where):
         yield {"goal": f"{name} {relation} {bound}", "bound": bound, "value": value, "met": met}
 
 
+def are_figures(values):
+    return isinstance(values, list) and bool(values) and all(isinstance(value, (int, float)) for value in values)
+
+
 def chosen(text):
     names = text.split(",")
     for name in names:
@@ -765,17 +862,20 @@ def chosen(text):
 def main():
     sections = "\n".join(f"  {name:8} {section.__doc__}" for name, section in SECTIONS.items())
     parser = argparse.ArgumentParser(
-        description="Measures agentkernel, and Docker beside it.",
+        description="Measures agentkernel, and Docker and Podman beside it.",
         epilog=f"sections:\n{sections}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--without-docker", action="store_true", help="leave the comparison out; needs no root")
+    parser.add_argument("--without-docker", action="store_true", help="leave Docker and Podman out; needs no root")
     parser.add_argument("--only", type=chosen, default=list(SECTIONS), metavar="SECTION,...", help="these sections")
-    parser.add_argument("--rounds", type=int, default=10, help="cold starts of each kind (default 10)")
+    parser.add_argument("--iterations", type=int, default=50, help="warm starts, forks, execs in turns (default 50)")
+    parser.add_argument("--rounds", type=int, default=10, help="cold starts and builds of each kind (default 10)")
     parser.add_argument("--churn", type=int, default=50, help="sandboxes made, used and removed (default 50)")
     options = parser.parse_args()
-    options.rounds, options.churn = max(2, options.rounds), max(1, options.churn)
-    with_docker = not options.without_docker and any(name in options.only for name in ("cold", "exec", "build"))
+    options.iterations, options.rounds, options.churn = max(1, options.iterations), max(2, options.rounds), max(1, options.churn)
+    with_docker, with_podman = (
+        not options.without_docker and any(name in options.only for name in names) for names in (BESIDE_DOCKER, BESIDE_PODMAN)
+    )
     if with_docker and os.geteuid() != 0:
         fail("Docker's daemon needs root: call this as root, or with --without-docker")
     for needed in (BUSYBOX, PYTHON):
@@ -803,16 +903,20 @@ def main():
             fail("another bench is running: two at once would measure each other")
         project = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench.", dir=target))
         agentkernel = stack.enter_context(Agentkernel(program, project, state))
-        docker = stack.enter_context(Docker()) if with_docker else None
+        engines = Engines(None, None, None)
+        if with_docker:
+            problem = why_no_bridge()
+            podman = stack.enter_context(Podman()) if with_podman else None
+            engines = Engines(stack.enter_context(Docker(bridge=problem is None)), podman, problem)
         say("the kernel")
         agentkernel.call("setup")
         figures = agentkernel.benchmark(1, BUSYBOX, "true")
         raw, load = {"sections": {}}, os.getloadavg()[0]
         for name in options.only:
             begun, before = time.perf_counter(), os.getloadavg()
-            raw |= SECTIONS[name](agentkernel, docker, options)
+            raw |= SECTIONS[name](agentkernel, engines, options)
             raw["sections"][name] = {"seconds": time.perf_counter() - begun, "load": [before, os.getloadavg()]}
-        docker_version = docker.version() if docker else None
+        docker_version, podman_version = (engine.version() if engine else None for engine in (engines.docker, engines.podman))
         load = [load, os.getloadavg()[0]]
     size = guest_binary(target)
     where = f"{figures['accelerator']}"
@@ -825,8 +929,15 @@ def main():
         "guest_kernel": figures["kernel"],
         "vcpus": figures["vcpus"],
         "memory_mib": figures["memory_mib"],
+        "qemu": run(["qemu-system-x86_64", "--version"]).decode().splitlines()[0],
         "docker": docker_version,
+        "podman": podman_version,
+        "network_problems": {
+            "docker": engines.bridge_problem,
+            "podman": engines.podman.network_problem if engines.podman else None,
+        },
         "guest_binary_bytes": size,
+        "summary": {name: summary(values) for name, values in raw.items() if are_figures(values)},
         "raw": raw,
         "reach": list(reach(raw, size, where)),
     }

@@ -46,6 +46,18 @@ def with_loopback(*command):
     return ["sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
 
 
+def why_no_bridge():
+    """What keeps Docker's default network from being made in a namespace here; None if nothing does."""
+    path = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+    tried = "ip link add bench0 type bridge && iptables --table nat --append POSTROUTING --jump MASQUERADE"
+    command = ["unshare", "--net", *with_loopback("sh", "-c", tried)]
+    try:
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=LIMIT, env=path)
+    except FileNotFoundError as error:
+        return str(error)
+    return None if done.returncode == 0 else done.stderr.decode(errors="replace").strip()
+
+
 def make_root(directory):
     """An archive of a root file system with one static busybox in it."""
     root = directory / "root"

@@ -16,11 +16,12 @@ from pathlib import Path
 from docker import Docker, fail, make_root, run, with_loopback
 
 # Runs in the namespaces and then holds them: `unshare` sees to it that nothing spreads from there. INIT is their init, and
-# leaves the reaping of orphans to the kernel: podman waits for conmon, one of them, to be gone.
+# leaves the reaping of orphans (conmon is one) to the kernel.
 HOLD = """
 set -e
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /var/lib
+mount -t tmpfs tmpfs /dev/shm
 mkdir /run/upper /run/work
 mount -t overlay -o lowerdir=/etc,upperdir=/run/upper,workdir=/run/work overlay /etc
 exec "$0" -c "$1"
@@ -32,16 +33,14 @@ print("held", flush=True)
 sys.stdin.read()
 """
 UNSHARE = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+# Only what podman tells the processes it starts as well: they do not see this, and must find the same container.
 CONFIGURATION = """
 [containers]
 default_ulimits = ["nofile={files}:{files}", "nproc={processes}:{processes}"]
 [engine]
 cgroup_manager = "cgroupfs"
 events_logger = "none"
-lock_type = "file"
 runtime = "{runtime}"
-static_dir = "{own}/static"
-volume_path = "{own}/volumes"
 tmp_dir = "{own}/tmp"
 [network]
 network_backend = "netavark"
@@ -69,7 +68,7 @@ class Podman:
         # What conmon makes besides.
         self.foreign = [path for path in (parent / "libpod_parent" for parent in parents) if not path.exists()]
         self.foreign += [parent / self.cgroup for parent in parents]
-        self.holder = self.init = None
+        self.process = self.init = None
         self.network_problem = None
 
     def __enter__(self):
@@ -98,7 +97,7 @@ class Podman:
             f"CONTAINERS_CONF={own}/containers.conf",
             f"CONTAINERS_STORAGE_CONF={own}/storage.conf",
         ]
-        self.holder = subprocess.Popen(
+        self.process = subprocess.Popen(
             [*UNSHARE, *with_loopback("sh", "-c", HOLD, sys.executable, INIT)],
             # It ends when we do, however that is.
             stdin=subprocess.PIPE,
@@ -106,9 +105,9 @@ class Podman:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        if self.holder.stdout.readline() != b"held\n":
-            fail(f"namespaces for podman cannot be made: {self.holder.stderr.read().decode(errors='replace')}")
-        children = Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children")
+        if self.process.stdout.readline() != b"held\n":
+            fail(f"namespaces for podman cannot be made: {self.process.stderr.read().decode(errors='replace')}")
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         self.init = int(children.read_text())
         run(self.command("import", "--quiet", make_root(own), self.IMAGE))
         run(self.run_command("true"))
@@ -129,14 +128,14 @@ class Podman:
         return self.command("run", *flags, self.IMAGE, *words)
 
     def __exit__(self, *_):
-        if self.holder:
-            if self.init and self.holder.poll() is None:
+        if self.process:
+            if self.init and self.process.poll() is None:
                 subprocess.run(self.command("rm", "--all", "--force"), capture_output=True, stdin=subprocess.DEVNULL)
-            self.holder.stdin.close()
-            self.holder.terminate()
-            self.holder.wait()
-            self.holder.stdout.close()
-            self.holder.stderr.close()
+            self.process.stdin.close()
+            self.process.terminate()
+            self.process.wait()
+            self.process.stdout.close()
+            self.process.stderr.close()
         Docker.reap()
         for path in self.foreign:
             Docker.remove_empty(path)

@@ -63,7 +63,8 @@ fn a_template_that_was_touched_is_made_again() {
             .into_iter()
             .find(|path| fs::metadata(path.join("memory")).is_ok_and(|data| data.len() == 256 << 20))
     };
-    let damage: [(&str, fn(PathBuf)); 4] = [
+    type Damage = (&'static str, fn(PathBuf));
+    let damage: [Damage; 4] = [
         ("a changed memory", |path| {
             let memory = File::options().write(true).open(path.join("memory")).unwrap();
             memory.set_modified(SystemTime::now() - Duration::from_secs(1000)).unwrap();

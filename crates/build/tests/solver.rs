@@ -308,6 +308,17 @@ fn mistakes_are_told_with_their_place() {
             "FROM scratch\nCOPY --from=later / /\nFROM scratch AS later\nFROM scratch\nCOPY --from=0 / /",
             "the stage `later` is not built before this one",
         ),
+        // Two stages that need each other; one that needs itself.
+        (
+            "FROM b AS a\nFROM a AS b",
+            "Dockerfile:1:6: the stage `b` is not built before this one, and as an image: Image 'b' not found",
+        ),
+        (
+            "FROM scratch AS a\nCOPY --from=b / /\nFROM a AS b\nFROM b",
+            "Dockerfile:2:13: the stage `b` is not built before this one",
+        ),
+        ("FROM scratch AS a\nRUN --mount=from=a,target=/x y", "the stage `a` is not built before this one"),
+        ("FROM alpine AS alpine", "Dockerfile:1:6: Image 'alpine' not found"),
         ("FROM scratch\nCOPY --chown=who a /", "there is no user called `who` in the image"),
         ("FROM scratch\nCOPY --chmod=u+x a /", "`u+x` is no mode"),
         ("FROM scratch\nCOPY --parents a /", "Dockerfile:2:6: --parents is not supported"),

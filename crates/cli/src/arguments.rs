@@ -569,7 +569,7 @@ pub(crate) struct GcArguments {
 #[command(after_help = BUILD_EXAMPLES)]
 pub(crate) struct BuildArguments {
     /// Name of the image: lower-case letters, digits, - _ and dots.
-    #[arg(short, long, value_name = "NAME")]
+    #[arg(short, long, value_name = "NAME", allow_hyphen_values = true)]
     pub tag: String,
     /// The directory that COPY and ADD take from [default: agentkernel.toml's, else the current one].
     pub context: Option<PathBuf>,

@@ -89,10 +89,10 @@ impl<E: Executor> Solver<'_, E> {
                     let mut text = heredoc.text();
                     if heredoc.expand {
                         let mut lookup = |name: &str| state.variable(name);
-                        text = self
-                            .lexer()
-                            .document(&text, &mut lookup)
-                            .map_err(|error| self.at(heredoc.place, Failure::new(error.to_string())))?;
+                        text = self.lexer().document(&text, &mut lookup).map_err(|error| {
+                            let hint = Some(error.hint());
+                            self.at(heredoc.place, Failure { message: error.to_string(), hint })
+                        })?;
                     }
                     selections.push(source::document(&heredoc.name, text));
                 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! HOME/image-metadata/NAME.json    what was built: a LocalImage
+//! HOME/image-metadata/lock         held while a name and its record change
 //! HOME/images                      the store, where it is called agentkernel-NAME
 //! HOME/build-cache                 what steps made
 //! ```
@@ -23,7 +24,7 @@ use agentkernel_build::ignore::IgnoreFile;
 use agentkernel_build::{BuildError, Context};
 pub use agentkernel_build::{Event, OnEvent, Options};
 use agentkernel_image::registry::{self, RegistryOptions};
-use agentkernel_image::{Descriptor, Digest, Reference, RootFileSystem, StoreError, StoredImage};
+use agentkernel_image::{Descriptor, Digest, Reference, RootFileSystem, StoreError, StoredImage, Writing};
 use agentkernel_network::Policy;
 pub use agentkernel_network::{InvalidRule, Mode as NetworkMode, Rule as NetworkRule};
 use serde::{Deserialize, Serialize};
@@ -33,7 +34,7 @@ use crate::client::{self, Life, Warmth};
 use crate::images::{Images, format_size, store_problem};
 use crate::launch;
 use crate::problem::{Problem, io, plain, problem};
-use crate::state::{Home, random_word, write_atomically};
+use crate::state::{Home, private_file, random_word, write_atomically};
 
 use docker::Docker;
 pub use fetch::Egress;
@@ -41,6 +42,8 @@ use machine::{BuildMachine, failure};
 
 /// Name of the directory of records.
 const RECORDS: &str = "image-metadata";
+/// Name of the file in it that is locked while names change.
+const LOCK: &str = "lock";
 /// Name of the directory of what steps made.
 const STEPS: &str = "build-cache";
 /// Longest name.
@@ -169,24 +172,9 @@ impl ImageBuilder {
     /// # Errors
     /// If the records cannot be read. One that is damaged is an error, too: its image would seem to be gone.
     pub fn open(home: &Home, program: &Path) -> Result<Self, Problem> {
-        let mut records = BTreeMap::new();
-        let directory = home.path().join(RECORDS);
-        let entries = match std::fs::read_dir(&directory) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-            entries => Some(entries.map_err(io(format!("read {}", directory.display())))?),
-        };
-        for entry in entries.into_iter().flatten() {
-            let path = entry.map_err(io(format!("read {}", directory.display())))?.path();
-            if path.extension().is_none_or(|ending| ending != "json") {
-                continue;
-            }
-            let text = std::fs::read(&path).map_err(io(format!("read {}", path.display())))?;
-            let record: LocalImage = serde_json::from_slice(&text).map_err(|error| {
-                let message = format!("the record {} is damaged: {error}", path.display());
-                plain("image-record", message, Some("remove it, and build the image again"))
-            })?;
-            records.insert(record.name.clone(), record);
-        }
+        let records =
+            records(home)?.into_iter().map(|record| record.map(|record| (record.name.clone(), record)));
+        let records = records.collect::<Result<_, _>>()?;
         Ok(Self {
             home: home.clone(),
             images: Images::open(home)?,
@@ -236,16 +224,24 @@ impl ImageBuilder {
         let mut options = request.options.clone();
         options.labels.insert(MANAGED_LABEL.into(), "true".into());
         options.labels.insert(NAME_LABEL.into(), request.name.clone());
-        let (image, size_bytes) = match request.engine {
+        let (image, size_bytes, _alone) = match request.engine {
             Engine::Native => {
-                self.build_here(&request.context, &reference, &path, &text, &options, on_event)?
+                let (writing, manifest) =
+                    self.build_here(&request.context, &path, &text, &options, on_event)?;
+                // The name last: who is killed before leaves the former image as it was.
+                let alone = alone(&self.home)?;
+                let image = writing.tag(manifest, &reference).map_err(store_problem)?;
+                let size_bytes = self.uncompressed(&image)?;
+                (image, size_bytes, alone)
             }
             Engine::Docker => {
                 options.labels.insert(ENGINE_LABEL.into(), DOCKER.into());
                 let docker = Docker(Path::new(DOCKER));
                 let name = reference_of(&request.name);
                 docker.build(self.home.path(), &name, &request.context, &path, &options, on_event)?;
-                docker.take(&self.images, &reference)?
+                let alone = alone(&self.home)?;
+                let (image, size_bytes) = docker.take(&self.images, &reference)?;
+                (image, size_bytes, alone)
             }
         };
         let absolute =
@@ -264,16 +260,15 @@ impl ImageBuilder {
         Ok(record)
     }
 
-    /// Builds with our own engine, and names the image.
+    /// Builds with our own engine: the manifest of an image that has no name yet, and what keeps it until it has one.
     fn build_here(
         &self,
         context: &Path,
-        reference: &Reference,
         path: &Path,
         text: &[u8],
         options: &Options,
         on_event: OnEvent<'_>,
-    ) -> Result<(StoredImage, u64), Problem> {
+    ) -> Result<(Writing, Descriptor), Problem> {
         let shown = path.display().to_string();
         let dockerfile = Dockerfile::parse(text).map_err(|error| Problem {
             code: "dockerfile".into(),
@@ -300,10 +295,7 @@ impl ImageBuilder {
             on_event,
         )
         .map_err(|error| build_problem(error, &shown))?;
-        // The name last: who is killed before leaves the former image as it was.
-        let image = writing.tag(manifest, reference).map_err(store_problem)?;
-        let size_bytes = self.uncompressed(&image)?;
-        Ok((image, size_bytes))
+        Ok((writing, manifest))
     }
 
     /// The image of that name.
@@ -369,8 +361,6 @@ impl ImageBuilder {
         let path = record_path(&self.home, &record.name);
         let text = serde_json::to_vec_pretty(record)
             .map_err(|error| plain("image-record", error.to_string(), None))?;
-        let directory = self.home.path().join(RECORDS);
-        std::fs::create_dir_all(&directory).map_err(io(format!("make {}", directory.display())))?;
         write_atomically(&path, &text).map_err(io(format!("write {}", path.display())))
     }
 
@@ -407,6 +397,73 @@ pub(crate) fn name_of(reference: &str) -> Option<&str> {
     reference.strip_prefix(PREFIX)?.strip_suffix(":latest").filter(|name| check_name(name).is_ok())
 }
 
+/// Every record, by its file's name; one that cannot be read, or tells of another image than its file, is an error of its
+/// own.
+fn records(home: &Home) -> Result<Vec<Result<LocalImage, Problem>>, Problem> {
+    let directory = home.path().join(RECORDS);
+    let entries = match std::fs::read_dir(&directory) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(io(format!("read {}", directory.display())))?,
+    };
+    let mut paths = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(io(format!("read {}", directory.display())))?.path();
+        if path.extension().is_some_and(|ending| ending == "json") {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    Ok(paths.iter().filter_map(|path| read_record(path).transpose()).collect())
+}
+
+/// One record; `None` if it was removed meanwhile.
+fn read_record(path: &Path) -> Result<Option<LocalImage>, Problem> {
+    let name = path.file_stem().and_then(|name| name.to_str()).unwrap_or_default();
+    let damaged = |why: String| {
+        let hint = match check_name(name) {
+            Ok(()) => format!("agentkernel images rm {name}, and build it again"),
+            Err(_) => "remove it, and build the image again".to_owned(),
+        };
+        plain("image-record", format!("the record {} is damaged: {why}", path.display()), Some(&hint))
+    };
+    let text = match std::fs::read(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        text => text.map_err(|error| damaged(error.to_string()))?,
+    };
+    let record: LocalImage = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+    if record.name != name {
+        return Err(damaged("it tells of another image".to_owned()));
+    }
+    Ok(Some(record))
+}
+
+/// What is wrong with records that cannot be read.
+///
+/// # Errors
+/// If their directory cannot be read.
+pub fn damaged_records(home: &Home) -> Result<Vec<Problem>, Problem> {
+    Ok(records(home)?.into_iter().filter_map(Result::err).collect())
+}
+
+/// Held while an image's name and its record change: both tell of the same image then, whoever else builds it meanwhile.
+pub(crate) fn alone(home: &Home) -> Result<File, Problem> {
+    let directory = home.path().join(RECORDS);
+    std::fs::create_dir_all(&directory).map_err(io(format!("make {}", directory.display())))?;
+    let path = directory.join(LOCK);
+    let opened = private_file().create(true).truncate(false).open(&path);
+    let file = opened.map_err(io(format!("open {}", path.display())))?;
+    // Whoever holds it only names an image; the dead hold nothing.
+    loop {
+        match rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive) {
+            Err(rustix::io::Errno::INTR) => {}
+            locked => {
+                locked.map_err(|error| io(format!("lock {}", path.display()))(error.into()))?;
+                return Ok(file);
+            }
+        }
+    }
+}
+
 /// Where the record of an image lies.
 pub(crate) fn record_path(home: &Home, name: &str) -> PathBuf {
     home.path().join(RECORDS).join(format!("{name}.json"))
@@ -432,6 +489,11 @@ pub(crate) fn forget(home: &Home, full_name: &str) {
         // What stays is told by `sync`.
         let _ = std::fs::remove_file(record_path(home, name));
     }
+}
+
+/// Forgets a record whose image is gone, damaged or not. True if there was one.
+pub(crate) fn forget_record(home: &Home, name: &str) -> bool {
+    check_name(name).is_ok() && std::fs::remove_file(record_path(home, name)).is_ok()
 }
 
 /// Layers that later builds may take from the cache.

@@ -224,7 +224,7 @@ Examples:
 pub(crate) struct SandboxArguments {
     /// Root file system: `host` (this machine's own toolchain, read-only), the name of an image (pulled
     /// if it is not here), or an OCI layout directory or archive, with :TAG if it holds several images.
-    #[arg(short, long, value_name = "IMAGE")]
+    #[arg(short, long, value_name = "IMAGE", allow_hyphen_values = true)]
     pub image: Option<String>,
     /// How much the sandbox is trusted: permissive, moderate or restrictive [default: moderate].
     #[arg(short, long, value_name = "PROFILE", value_parser = values::profile)]

@@ -165,6 +165,11 @@ pub fn build<E: Executor>(
     executor: &mut E,
     on_event: OnEvent<'_>,
 ) -> Result<Descriptor, BuildError> {
+    if let Some(text) = options.arguments.get(EPOCH).filter(|text| text.trim().parse::<i64>().is_err()) {
+        let message = format!("SOURCE_DATE_EPOCH is `{text}`, which is no number of seconds");
+        let hint = Some("such as the time of the last commit: git log -1 --format=%ct".to_owned());
+        return Err(BuildError::Failure(Failure { message, hint }));
+    }
     let mut solver = Solver {
         file,
         context,

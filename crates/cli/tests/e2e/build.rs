@@ -146,10 +146,26 @@ fn a_dockerfile_becomes_an_image_that_runs() {
     let inspected: serde_json::Value = serde_json::from_str(inspected.expect(0)).unwrap();
     assert_eq!(inspected["image_id"], record["image_id"]);
 
+    // Built anew at the same time, every byte is the same, those of steps that ran in a machine as well.
+    host.write(
+        "same",
+        "FROM base\nRUN mkdir -p /d/e && echo x > /d/f && ln /d/f /d/g\nRUN rm -r /d/e && touch /d/new\n",
+    );
+    let layers = || -> serde_json::Value {
+        let mut command = host.command(&["build", "-t", "same", "-f", "same", "--no-cache", "."]);
+        command.env("SOURCE_DATE_EPOCH", "86400");
+        finish(command, b"").expect(0);
+        let inspected = host.agentkernel(&["images", "inspect", "same", "--json"]);
+        let mut inspected: serde_json::Value = serde_json::from_str(inspected.expect(0)).unwrap();
+        assert_eq!(inspected["created"], "1970-01-02T00:00:00Z");
+        serde_json::json!([inspected["digest"].take(), inspected["layers"].take()])
+    };
+    assert_eq!(layers(), layers());
+
     // As any other image, under its name.
     host.write("child.Dockerfile", "FROM my-tools\nLABEL child=yes\n");
     host.agentkernel(&["build", "-t", "child", "-f", "child.Dockerfile", "."]).expect(0);
-    host.agentkernel(&["images", "rm", "child", "my-tools", "base"]).expect(0);
+    host.agentkernel(&["images", "rm", "child", "same", "my-tools", "base"]).expect(0);
     assert!(!host.state().join("image-metadata/child.json").exists());
     // What steps made stays for the next build, until it is pruned.
     assert!(fs::read_dir(host.state().join("images/blobs/sha256")).unwrap().count() > 0);

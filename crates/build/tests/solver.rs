@@ -450,7 +450,7 @@ fn archives_that_mean_harm_are_refused() {
     let made = fixture.build("FROM scratch\nADD a.tar /d/\n");
     assert_files(
         &made,
-        &[("/d", "755 0:0 /"), ("/d/a", "644 0:0 last"), ("/d/abs", "777 0:0 -> ../../../etc/passwd")],
+        &[("/d", "755 0:0 /"), ("/d/a", "644 0:0 last"), ("/d/abs", "644 0:0 -> ../../../etc/passwd")],
     );
 }
 

@@ -669,7 +669,7 @@ pub(crate) enum ImagesVerb {
         #[arg(value_name = "SOURCE")]
         source: String,
         /// Call it so, whatever it calls itself.
-        #[arg(short, long, value_name = "NAME")]
+        #[arg(short, long, value_name = "NAME", allow_hyphen_values = true)]
         tag: Option<String>,
         /// Print the names as JSON.
         #[arg(long)]

@@ -1,4 +1,4 @@
-//! Instructions from logical lines.
+//! Instructions from logical lines. One file though it is long: each function is one instruction, or what several share.
 
 use std::ops::Range;
 

@@ -213,6 +213,11 @@ impl View {
     }
 }
 
+fn nameless<T>(text: &str) -> Result<T, Problem> {
+    let hint = Some("--build-arg NAME=VALUE, or NAME for the value of that variable");
+    Err(plain("build-arg", format!("the build argument `{text}` has no name"), hint))
+}
+
 fn build_arguments(given: &[String]) -> Result<BTreeMap<String, String>, Problem> {
     let mut arguments = BTreeMap::new();
     // What makes builds reproducible is said by this variable everywhere.
@@ -221,7 +226,8 @@ fn build_arguments(given: &[String]) -> Result<BTreeMap<String, String>, Problem
     }
     for text in given {
         match text.split_once('=') {
-            Some(("", _)) => return Err(plain("build-arg", format!("{text} has no name"), None)),
+            Some(("", _)) => return nameless(text),
+            None if text.is_empty() => return nameless(text),
             Some((name, value)) => drop(arguments.insert(name.to_owned(), value.to_owned())),
             // As for Docker: a variable that is not set gives nothing.
             None => {

@@ -11,8 +11,9 @@ mod addresses;
 mod docker;
 mod fetch;
 mod machine;
+mod records;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -27,23 +28,20 @@ use agentkernel_image::registry::{self, RegistryOptions};
 use agentkernel_image::{Descriptor, Digest, Reference, RootFileSystem, StoreError, StoredImage, Writing};
 use agentkernel_network::Policy;
 pub use agentkernel_network::{InvalidRule, Mode as NetworkMode, Rule as NetworkRule};
-use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 
 use crate::client::{self, Life, Warmth};
-use crate::images::{Images, format_size, store_problem};
+use crate::images::{Images, store_problem};
 use crate::launch;
 use crate::problem::{Problem, io, plain, problem};
-use crate::state::{Home, private_file, random_word, write_atomically};
+use crate::state::{Home, random_word};
 
 use docker::Docker;
 pub use fetch::Egress;
 use machine::{BuildMachine, failure};
+pub use records::LocalImage;
+pub(crate) use records::{alone, damaged_records, forget, forget_record, remove_from_docker};
 
-/// Name of the directory of records.
-const RECORDS: &str = "image-metadata";
-/// Name of the file in it that is locked while names change.
-const LOCK: &str = "lock";
 /// Name of the directory of what steps made.
 const STEPS: &str = "build-cache";
 /// Longest name.
@@ -55,43 +53,6 @@ const NAME_LABEL: &str = "agentkernel.name";
 /// Says that Docker built the image.
 const ENGINE_LABEL: &str = "agentkernel.engine";
 const DOCKER: &str = "docker";
-
-/// An image that was built here.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LocalImage {
-    /// Its name.
-    pub name: String,
-    /// Digest of its configuration, `sha256:...`.
-    pub image_id: String,
-    /// Bytes of its layers, uncompressed.
-    pub size_bytes: u64,
-    /// When, RFC 3339.
-    pub built_at: String,
-    /// The Dockerfile.
-    pub dockerfile: Option<String>,
-    /// The build context.
-    pub context: Option<String>,
-    /// Labels of the image.
-    #[serde(default)]
-    pub labels: HashMap<String, String>,
-}
-
-impl LocalImage {
-    /// Its size for people: base 1024, one decimal above bytes.
-    pub fn format_size(&self) -> String {
-        format_size(self.size_bytes)
-    }
-
-    /// Whether Docker built it.
-    fn is_dockers(&self) -> bool {
-        self.labels.get(ENGINE_LABEL).is_some_and(|engine| engine == DOCKER)
-    }
-
-    /// What it is called in the store, and in Docker once it is loaded there.
-    pub fn docker_ref(&self) -> String {
-        reference_of(&self.name)
-    }
-}
 
 /// What builds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -173,7 +134,7 @@ impl ImageBuilder {
     /// If the records cannot be read. One that is damaged is an error, too: its image would seem to be gone.
     pub fn open(home: &Home, program: &Path) -> Result<Self, Problem> {
         let records =
-            records(home)?.into_iter().map(|record| record.map(|record| (record.name.clone(), record)));
+            records::all(home)?.into_iter().map(|record| record.map(|record| (record.name.clone(), record)));
         let records = records.collect::<Result<_, _>>()?;
         Ok(Self {
             home: home.clone(),
@@ -255,7 +216,7 @@ impl ImageBuilder {
             context: Some(absolute(&request.context)),
             labels: image.config.labels.into_iter().collect(),
         };
-        self.keep(&record)?;
+        records::keep(&self.home, &record)?;
         self.records.insert(record.name.clone(), record.clone());
         Ok(record)
     }
@@ -332,7 +293,7 @@ impl ImageBuilder {
 
     /// What an image is called where images are looked up: a name of ours becomes its reference, anything else stays.
     pub fn resolve_image(&self, name: &str) -> String {
-        self.records.get(name).map_or_else(|| name.to_owned(), LocalImage::docker_ref)
+        self.images.resolve(name)
     }
 
     /// Forgets records whose image is gone; their names.
@@ -357,15 +318,8 @@ impl ImageBuilder {
         Ok(gone)
     }
 
-    fn keep(&self, record: &LocalImage) -> Result<(), Problem> {
-        let path = record_path(&self.home, &record.name);
-        let text = serde_json::to_vec_pretty(record)
-            .map_err(|error| plain("image-record", error.to_string(), None))?;
-        write_atomically(&path, &text).map_err(io(format!("write {}", path.display())))
-    }
-
     fn forget(&mut self, name: &str) -> Result<(), Problem> {
-        let path = record_path(&self.home, name);
+        let path = records::path(&self.home, name);
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(io(format!("remove {}", path.display()))(error));
@@ -395,105 +349,6 @@ pub(crate) fn reference_of(name: &str) -> String {
 /// The name that `build` gave to what the store calls so.
 pub(crate) fn name_of(reference: &str) -> Option<&str> {
     reference.strip_prefix(PREFIX)?.strip_suffix(":latest").filter(|name| check_name(name).is_ok())
-}
-
-/// Every record, by its file's name; one that cannot be read, or tells of another image than its file, is an error of its
-/// own.
-fn records(home: &Home) -> Result<Vec<Result<LocalImage, Problem>>, Problem> {
-    let directory = home.path().join(RECORDS);
-    let entries = match std::fs::read_dir(&directory) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries.map_err(io(format!("read {}", directory.display())))?,
-    };
-    let mut paths = Vec::new();
-    for entry in entries {
-        let path = entry.map_err(io(format!("read {}", directory.display())))?.path();
-        if path.extension().is_some_and(|ending| ending == "json") {
-            paths.push(path);
-        }
-    }
-    paths.sort();
-    Ok(paths.iter().filter_map(|path| read_record(path).transpose()).collect())
-}
-
-/// One record; `None` if it was removed meanwhile.
-fn read_record(path: &Path) -> Result<Option<LocalImage>, Problem> {
-    let name = path.file_stem().and_then(|name| name.to_str()).unwrap_or_default();
-    let damaged = |why: String| {
-        let hint = match check_name(name) {
-            Ok(()) => format!("agentkernel images rm {name}, and build it again"),
-            Err(_) => "remove it, and build the image again".to_owned(),
-        };
-        plain("image-record", format!("the record {} is damaged: {why}", path.display()), Some(&hint))
-    };
-    let text = match std::fs::read(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        text => text.map_err(|error| damaged(error.to_string()))?,
-    };
-    let record: LocalImage = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
-    if record.name != name {
-        return Err(damaged("it tells of another image".to_owned()));
-    }
-    Ok(Some(record))
-}
-
-/// What is wrong with records that cannot be read.
-///
-/// # Errors
-/// If their directory cannot be read.
-pub fn damaged_records(home: &Home) -> Result<Vec<Problem>, Problem> {
-    Ok(records(home)?.into_iter().filter_map(Result::err).collect())
-}
-
-/// Held while an image's name and its record change: both tell of the same image then, whoever else builds it meanwhile.
-pub(crate) fn alone(home: &Home) -> Result<File, Problem> {
-    let directory = home.path().join(RECORDS);
-    std::fs::create_dir_all(&directory).map_err(io(format!("make {}", directory.display())))?;
-    let path = directory.join(LOCK);
-    let opened = private_file().create(true).truncate(false).open(&path);
-    let file = opened.map_err(io(format!("open {}", path.display())))?;
-    // Whoever holds it only names an image; the dead hold nothing.
-    loop {
-        match rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive) {
-            Err(rustix::io::Errno::INTR) => {}
-            locked => {
-                locked.map_err(|error| io(format!("lock {}", path.display()))(error.into()))?;
-                return Ok(file);
-            }
-        }
-    }
-}
-
-/// Where the record of an image lies.
-pub(crate) fn record_path(home: &Home, name: &str) -> PathBuf {
-    home.path().join(RECORDS).join(format!("{name}.json"))
-}
-
-/// Removes an image from Docker as well, if that built it.
-///
-/// # Errors
-/// If Docker does not answer, or does not remove it.
-pub(crate) fn remove_from_docker(home: &Home, full_name: &str) -> Result<(), Problem> {
-    let familiar = full_name.parse::<Reference>().map(|reference| reference.familiar()).unwrap_or_default();
-    let record = name_of(&familiar).and_then(|name| std::fs::read(record_path(home, name)).ok());
-    match record.and_then(|text| serde_json::from_slice::<LocalImage>(&text).ok()) {
-        Some(record) if record.is_dockers() => Docker(Path::new(DOCKER)).remove(&record.docker_ref()),
-        _ => Ok(()),
-    }
-}
-
-/// Forgets the record of an image that lost its name.
-pub(crate) fn forget(home: &Home, full_name: &str) {
-    let familiar = full_name.parse::<Reference>().map(|reference| reference.familiar()).unwrap_or_default();
-    if let Some(name) = name_of(&familiar) {
-        // What stays is told by `sync`.
-        let _ = std::fs::remove_file(record_path(home, name));
-    }
-}
-
-/// Forgets a record whose image is gone, damaged or not. True if there was one.
-pub(crate) fn forget_record(home: &Home, name: &str) -> bool {
-    check_name(name).is_ok() && std::fs::remove_file(record_path(home, name)).is_ok()
 }
 
 /// Layers that later builds may take from the cache.
@@ -681,42 +536,4 @@ fn ignore_file(context: &Path, dockerfile: &Path) -> Result<IgnoreFile, Problem>
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names() {
-        for good in ["a", "my-tools", "a.b_c-d", "x__y", &"n".repeat(128)] {
-            assert!(check_name(good).is_ok(), "{good}");
-        }
-        for (bad, message) in [
-            ("", "Image name cannot be empty"),
-            ("a/b", "Image name can only contain alphanumeric characters, hyphens, underscores, and dots"),
-            ("ä", "Image name can only contain alphanumeric characters, hyphens, underscores, and dots"),
-            (
-                "name:tag",
-                "Image name can only contain alphanumeric characters, hyphens, underscores, and dots",
-            ),
-            ("a/../b", "Image name can only contain alphanumeric characters, hyphens, underscores, and dots"),
-            ("My", "Image name has upper-case letters"),
-            ("-x", "Image name has separators where there must be none"),
-            ("x-", "Image name has separators where there must be none"),
-            ("a..b", "Image name has separators where there must be none"),
-            (&"n".repeat(129), "Image name is longer than 128 characters"),
-        ] {
-            let problem = check_name(bad).unwrap_err();
-            assert_eq!(problem.message, message, "{bad}");
-            assert!(problem.hint.is_some());
-        }
-        assert_eq!(check_name("Tools:1").unwrap_err().hint.unwrap(), "a built image has no tags: -t tools");
-    }
-
-    #[test]
-    fn records_read_and_print_as_they_are_known() {
-        let text = r#"{"name":"t","image_id":"sha256:00","size_bytes":104857600,"built_at":"2026-01-01T00:00:00Z",
-            "dockerfile":null,"context":null}"#;
-        let image: LocalImage = serde_json::from_str(text).unwrap();
-        assert_eq!((image.format_size().as_str(), image.docker_ref().as_str()), ("100.0MB", "agentkernel-t"));
-        assert!(image.labels.is_empty());
-    }
-}
+mod tests;

@@ -224,7 +224,7 @@ Examples:
 pub(crate) struct SandboxArguments {
     /// Root file system: `host` (this machine's own toolchain, read-only), the name of an image (pulled
     /// if it is not here), or an OCI layout directory or archive, with :TAG if it holds several images.
-    #[arg(short, long, value_name = "IMAGE")]
+    #[arg(short, long, value_name = "IMAGE", allow_hyphen_values = true)]
     pub image: Option<String>,
     /// How much the sandbox is trusted: permissive, moderate or restrictive [default: moderate].
     #[arg(short, long, value_name = "PROFILE", value_parser = values::profile)]
@@ -569,7 +569,7 @@ pub(crate) struct GcArguments {
 #[command(after_help = BUILD_EXAMPLES)]
 pub(crate) struct BuildArguments {
     /// Name of the image: lower-case letters, digits, - _ and dots.
-    #[arg(short, long, value_name = "NAME")]
+    #[arg(short, long, value_name = "NAME", allow_hyphen_values = true)]
     pub tag: String,
     /// The directory that COPY and ADD take from [default: agentkernel.toml's, else the current one].
     pub context: Option<PathBuf>,
@@ -669,7 +669,7 @@ pub(crate) enum ImagesVerb {
         #[arg(value_name = "SOURCE")]
         source: String,
         /// Call it so, whatever it calls itself.
-        #[arg(short, long, value_name = "NAME")]
+        #[arg(short, long, value_name = "NAME", allow_hyphen_values = true)]
         tag: Option<String>,
         /// Print the names as JSON.
         #[arg(long)]

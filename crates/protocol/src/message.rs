@@ -269,6 +269,8 @@ pub struct Exec {
     pub terminal: Option<WindowSize>,
     /// Kill the whole process tree after this time, milliseconds.
     pub timeout_ms: Option<u64>,
+    /// What asks it to end when the machine ends, it alone; without one, all that it started are sent SIGTERM with it.
+    pub stop_signal: Option<u8>,
     /// A root of its own instead of the machine's: a build's step.
     pub root: Option<LayeredRoot>,
 }

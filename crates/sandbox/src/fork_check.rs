@@ -205,6 +205,7 @@ fn exec(script: &str) -> Exec {
         user: String::new(),
         terminal: None,
         timeout_ms: Some(120_000),
+        stop_signal: None,
         root: None,
     }
 }

@@ -105,6 +105,10 @@ async fn serve(booted: Booted) -> Result<Infallible, Error> {
         if let Err(error) = port.accept(&booted.kernel).await {
             return Err(Error::other(format!("the host's greeting: {error}")));
         }
+        if let Some(layout) = agent.layout.get().cloned() {
+            let reaper = agent.reaper.clone();
+            drop(spawn_blocking(move || exec::rehearse(&reaper, &layout)));
+        }
         let shared = agent.clone();
         mux::guest(port.session(), move |stream| {
             let agent = shared.clone();

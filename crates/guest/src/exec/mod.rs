@@ -78,6 +78,23 @@ async fn fail(stream: &mut Stream, kind: ExecFailure, message: String) -> Result
     Ok(stream.shutdown().await?)
 }
 
+/// Runs a program that does nothing, in a machine that was just restored, on another processor than the one that gets it
+/// ready: an emulator translates what it runs for the first time, and so what the first program needs is translated by
+/// the time it comes.
+pub(crate) fn rehearse(reaper: &Reaper, layout: &Layout) {
+    let wish = Exec {
+        arguments: vec![serde_bytes::ByteBuf::from("/bin/true")],
+        environment: Vec::new(),
+        directory: serde_bytes::ByteBuf::from("/"),
+        user: String::new(),
+        terminal: None,
+        timeout_ms: None,
+        root: None,
+        stop_signal: None,
+    };
+    let _ = start(reaper, layout, &wish);
+}
+
 /// Everything that may touch a path, on a thread that may wait.
 fn start(reaper: &Reaper, layout: &Layout, wish: &Exec) -> Result<Started, Failure> {
     let cgroup = Cgroup::create(&layout.cgroups, layout.process_limit())

@@ -27,7 +27,7 @@ fuzz_target!(|data: &[u8]| {
             }
         }
         Err(error) => {
-            assert!(!error.message.is_empty());
+            assert!(!error.message.is_empty() && error.hint.as_ref().is_some_and(|hint| !hint.is_empty()));
             let shown = error.render("Dockerfile");
             assert!(!shown.lines().next().unwrap_or_default().chars().any(|c| c.is_control() && c != '\t'));
         }

@@ -161,7 +161,7 @@ def describe(layer, info, number, entries):
         entry["text"] = content[:200]
     xattrs = {k: v for k, v in info.pax_headers.items() if k.startswith("SCHILY.xattr.")}
     if xattrs:
-        entry["xattrs"] = sorted(xattrs)
+        entry["xattrs"] = sorted(xattrs.items())
     return entry
 
 

@@ -445,8 +445,9 @@ impl Read for SectionReader {
 
 /// Unpacks an archive, uncompressed: what it holds, with its owners and modes.
 pub(crate) fn unpack(file: File) -> Result<Selection, Failure> {
-    let failed =
-        |error: agentkernel_image::LayerError| Failure::new(format!("the archive is damaged: {error}"));
+    let failed = |error: agentkernel_image::LayerError| {
+        Failure::new(format!("the archive cannot be unpacked: {error}"))
+    };
     let shared = Arc::new(file.try_clone().map_err(|error| Failure::new(error.to_string()))?);
     let mut reader = LayerReader::archive(file);
     let mut items: Vec<Item> = Vec::new();

@@ -308,6 +308,17 @@ fn mistakes_are_told_with_their_place() {
             "FROM scratch\nCOPY --from=later / /\nFROM scratch AS later\nFROM scratch\nCOPY --from=0 / /",
             "the stage `later` is not built before this one",
         ),
+        // Two stages that need each other; one that needs itself.
+        (
+            "FROM b AS a\nFROM a AS b",
+            "Dockerfile:1:6: the stage `b` is not built before this one, and as an image: Image 'b' not found",
+        ),
+        (
+            "FROM scratch AS a\nCOPY --from=b / /\nFROM a AS b\nFROM b",
+            "Dockerfile:2:13: the stage `b` is not built before this one",
+        ),
+        ("FROM scratch AS a\nRUN --mount=from=a,target=/x y", "the stage `a` is not built before this one"),
+        ("FROM alpine AS alpine", "Dockerfile:1:6: Image 'alpine' not found"),
         ("FROM scratch\nCOPY --chown=who a /", "there is no user called `who` in the image"),
         ("FROM scratch\nCOPY --chmod=u+x a /", "`u+x` is no mode"),
         ("FROM scratch\nCOPY --parents a /", "Dockerfile:2:6: --parents is not supported"),
@@ -359,6 +370,88 @@ fn mistakes_are_told_with_their_place() {
     assert!(fixture.store.list().unwrap().is_empty(), "nothing half-built has a name");
     let error = fixture.try_build("test", "FROM scratch\nRUN exit 3").map(drop).unwrap_err();
     assert!(error.ends_with("it said last: said"), "{error}");
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut child = std::process::Command::new("gzip")
+        .args(["-n", "-c"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = child.stdin.take().unwrap();
+    let bytes = bytes.to_vec();
+    let feeder = std::thread::spawn(move || input.write_all(&bytes).unwrap());
+    let output = child.wait_with_output().unwrap();
+    feeder.join().unwrap();
+    output.stdout
+}
+
+/// An archive is one by its form, whatever it holds: what is refused must not pass for a file to be copied.
+#[test]
+fn archives_that_mean_harm_are_refused() {
+    use tar::EntryType;
+    let fixture = Fixture::new();
+    let pack = |entries: &[(&str, EntryType, &str, &[u8])]| {
+        let mut archive = Vec::new();
+        for (name, kind, link, content) in entries {
+            let mut header = tar::Header::new_gnu();
+            header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
+            header.as_mut_bytes()[157..157 + link.len()].copy_from_slice(link.as_bytes());
+            header.set_entry_type(*kind);
+            header.set_mode(0o644);
+            header.set_uid(0);
+            header.set_gid(0);
+            header.set_mtime(0);
+            header.set_size(content.len() as u64);
+            if let Some(gnu) = header.as_gnu_mut().filter(|_| *kind == EntryType::GNUSparse) {
+                gnu.set_real_size(10 << 30);
+            }
+            header.set_cksum();
+            archive.extend_from_slice(header.as_bytes());
+            archive.extend_from_slice(content);
+            archive.resize(archive.len().next_multiple_of(512), 0);
+        }
+        archive.resize(archive.len() + 1024, 0);
+        archive
+    };
+    let file = EntryType::Regular;
+    let write = |archive: &[u8]| {
+        fs::write(fixture.directory.path().join("context/a.tar"), archive).unwrap();
+    };
+    let cases = [
+        (pack(&[("../x", file, "", b"x")]), "cannot be unpacked: tar entry \"../x\" leads out"),
+        (pack(&[("ok", file, "", b"x"), ("a/../../x", file, "", b"x")]), "leads out"),
+        (pack(&[("h", EntryType::Link, "../../etc/passwd", b"")]), "leads out"),
+        (pack(&[("h", EntryType::Link, "/etc/passwd", b"")]), "links to what it does not hold: etc/passwd"),
+        (pack(&[("s", EntryType::GNUSparse, "", b"")]), "a sparse file"),
+        (
+            pack(&[("l", EntryType::Symlink, "/../../tmp", b""), ("l/x", file, "", b"x")]),
+            "is not a directory",
+        ),
+        (pack(&[(".wh.x", file, "", b"x")]), "`d/.wh.x` is a name that no image can hold"),
+        (pack(&[("f", file, "", &[b'x'; 5000])])[..2000].to_vec(), "unexpected end of file"),
+    ];
+    for (archive, expected) in cases {
+        write(&archive);
+        let error = fixture.try_build("test", "FROM scratch\nADD a.tar /d/\n").map(drop).unwrap_err();
+        assert!(error.contains("Dockerfile:2:") && error.contains(expected), "{expected}: {error}");
+        write(&gzip(&archive));
+        let error = fixture.try_build("test", "FROM scratch\nADD a.tar /d/\n").map(drop).unwrap_err();
+        assert!(error.contains(expected), "compressed, {expected}: {error}");
+    }
+    assert!(fixture.store.list().unwrap().is_empty());
+    // Of a name that comes twice the last counts; devices and links that lead nowhere are only data.
+    write(&pack(&[
+        ("a", file, "", b"first"),
+        ("/abs", EntryType::Symlink, "../../../etc/passwd", b""),
+        ("a", file, "", b"last"),
+    ]));
+    let made = fixture.build("FROM scratch\nADD a.tar /d/\n");
+    assert_files(
+        &made,
+        &[("/d", "755 0:0 /"), ("/d/a", "644 0:0 last"), ("/d/abs", "644 0:0 -> ../../../etc/passwd")],
+    );
 }
 
 #[test]
@@ -480,6 +573,11 @@ fn the_configuration_says_what_was_asked_for() {
     let config = &made.configuration.config;
     assert_eq!((made.files["/f"].as_str(), &config.env[1..]), ("644 0:0 f", ["X=y".to_owned()].as_slice()));
     assert_eq!((config.cmd.as_ref(), config.on_build.len()), (None, 0));
+
+    fixture.options.arguments.insert("SOURCE_DATE_EPOCH".into(), "yesterday".into());
+    let error = fixture.try_build("child", "FROM base\n").map(drop).unwrap_err();
+    assert!(error.contains("SOURCE_DATE_EPOCH is `yesterday`"), "{error}");
+    fixture.options.arguments.insert("SOURCE_DATE_EPOCH".into(), "86400".into());
 
     // Twice the same, byte for byte, with nothing taken from the cache.
     fixture.options.no_cache = true;

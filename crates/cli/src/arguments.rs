@@ -220,11 +220,11 @@ Examples:
 /// What the machine is made of, and what its commands find in it.
 ///
 /// A flag beats agentkernel.toml, which beats the profile.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub(crate) struct SandboxArguments {
     /// Root file system: `host` (this machine's own toolchain, read-only), the name of an image (pulled
     /// if it is not here), or an OCI layout directory or archive, with :TAG if it holds several images.
-    #[arg(short, long, value_name = "IMAGE")]
+    #[arg(short, long, value_name = "IMAGE", allow_hyphen_values = true)]
     pub image: Option<String>,
     /// How much the sandbox is trusted: permissive, moderate or restrictive [default: moderate].
     #[arg(short, long, value_name = "PROFILE", value_parser = values::profile)]
@@ -569,7 +569,7 @@ pub(crate) struct GcArguments {
 #[command(after_help = BUILD_EXAMPLES)]
 pub(crate) struct BuildArguments {
     /// Name of the image: lower-case letters, digits, - _ and dots.
-    #[arg(short, long, value_name = "NAME")]
+    #[arg(short, long, value_name = "NAME", allow_hyphen_values = true)]
     pub tag: String,
     /// The directory that COPY and ADD take from [default: agentkernel.toml's, else the current one].
     pub context: Option<PathBuf>,
@@ -669,7 +669,7 @@ pub(crate) enum ImagesVerb {
         #[arg(value_name = "SOURCE")]
         source: String,
         /// Call it so, whatever it calls itself.
-        #[arg(short, long, value_name = "NAME")]
+        #[arg(short, long, value_name = "NAME", allow_hyphen_values = true)]
         tag: Option<String>,
         /// Print the names as JSON.
         #[arg(long)]
@@ -854,6 +854,10 @@ pub(crate) struct ApplyArguments {
 
 /// Find or fetch the guest's kernel and prepare everything sandboxes start from. Needs no root.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  agentkernel setup
+  agentkernel setup --warm host python:3.12")]
 pub(crate) struct SetupArguments {
     /// Use this kernel (a bzImage or vmlinux, with its modules in lib/modules beside it or in /lib/modules).
     #[arg(long, value_name = "PATH")]
@@ -861,6 +865,10 @@ pub(crate) struct SetupArguments {
     /// Prepare again even if everything is there.
     #[arg(long)]
     pub force: bool,
+    /// Make templates of these images as well, so that the first sandbox of each starts as fast as all others: `host`, names
+    /// of images (pulled if they are not here), or OCI layouts and archives.
+    #[arg(long, value_name = "IMAGE", num_args = 1..)]
+    pub warm: Vec<String>,
     /// Print the result as JSON.
     #[arg(long)]
     pub json: bool,
@@ -869,6 +877,9 @@ pub(crate) struct SetupArguments {
 /// Say what this machine offers sandboxes, and what would help.
 #[derive(Debug, Args)]
 pub(crate) struct DoctorArguments {
+    /// Start and fork sandboxes, and see that they differ where they must: randomness, identity, clock.
+    #[arg(long)]
+    pub fork_check: bool,
     /// Print the findings as JSON.
     #[arg(long)]
     pub json: bool,

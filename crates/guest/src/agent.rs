@@ -105,6 +105,10 @@ async fn serve(booted: Booted) -> Result<Infallible, Error> {
         if let Err(error) = port.accept(&booted.kernel).await {
             return Err(Error::other(format!("the host's greeting: {error}")));
         }
+        if let Some(layout) = agent.layout.get().cloned() {
+            let reaper = agent.reaper.clone();
+            drop(spawn_blocking(move || exec::rehearse(&reaper, &layout)));
+        }
         let shared = agent.clone();
         mux::guest(port.session(), move |stream| {
             let agent = shared.clone();
@@ -136,6 +140,8 @@ async fn answer(agent: &Agent, mut stream: Stream) -> Result<(), FrameError> {
                 Root::FileSystem { tag } => Some(tag.as_str()),
                 Root::Disk { .. } => None,
             });
+            let prepare = wish.assemble.iter().map(|assemble| assemble.prepare.as_str());
+            let root = root.chain(prepare.filter(|tag| !tag.is_empty()));
             let mounts = wish.furnish.iter().flat_map(|furnish| &furnish.mounts);
             let tags: Vec<&str> = root.chain(mounts.map(|mount| mount.tag.as_str())).collect();
             let present = agent.file_systems.present(&tags);
@@ -152,6 +158,13 @@ async fn answer(agent: &Agent, mut stream: Stream) -> Result<(), FrameError> {
                 }
                 Ok(Err(message)) => Reply::Failed { message },
                 Err(error) => Reply::Failed { message: error.to_string() },
+            };
+            reply_once(&mut stream, &reply).await
+        }
+        Request::Clock { unix_time_ns } => {
+            let reply = match configure::set_clock(unix_time_ns) {
+                Ok(()) => Reply::Done,
+                Err(message) => Reply::Failed { message },
             };
             reply_once(&mut stream, &reply).await
         }

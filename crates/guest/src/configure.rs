@@ -3,10 +3,11 @@
 //! ```text
 //! initramfs /            /served/TAG   served file systems, as mounted by `fuse`
 //!                        /image        EROFS image, if the root is one
-//!                        /writable     ext4: root/{upper,work}, mount-N/{upper,work}
+//!                        /writable     ext4: root/{upper,work}, TAG/{upper,work}
+//!                        /prepared     a copy-on-write mount that waits for its place
 //!                        /identity     files that are mounted over the root's and the kernel's
 //! new root  /            overlay(lower = served or image, upper = writable/root)
-//!           TARGET       served file system, or overlay(lower = served, upper = writable/mount-N)
+//!           TARGET       served file system, or overlay(lower = served, upper = writable/TAG)
 //!           /proc ...    moved from the initramfs
 //! ```
 //! The three steps run on threads that may wait for the host's file servers. Assembling and furnishing happen once in a
@@ -18,7 +19,7 @@ use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -35,6 +36,7 @@ use crate::{fuse, system};
 const PROGRAMS: &str = "programs";
 const NEW_ROOT: &str = "/root-to-be";
 const WRITABLE: &str = "/writable";
+const PREPARED: &str = "/prepared";
 /// Nothing that Docker's overlays do not do either: a directory's rename is `EXDEV`, and upper layers need no index.
 pub(crate) const OVERLAY_OPTIONS: &str = "redirect_dir=off,metacopy=off,index=off";
 /// Most processes of what runs in a machine that is not furnished yet.
@@ -68,6 +70,8 @@ pub(crate) struct Layout {
     pub layers: Arc<Layers>,
     /// The kernel's `/proc`, reached without a path lookup in the root.
     pub proc: OwnedFd,
+    /// A copy-on-write mount that waits for its place: its file system's tag, and its upper directory.
+    prepared: Option<(String, Arc<OwnedFd>)>,
     /// There once the machine is furnished.
     furniture: OnceLock<Furniture>,
 }
@@ -124,6 +128,8 @@ pub(crate) fn assemble(wish: &Assemble, file_systems: &BTreeSet<String>) -> Resu
     let identity = mount_identity(&root)?;
     mount_system(&root)?;
     let cgroups = mount_cgroups(&root)?;
+    let prepared = (!wish.prepare.is_empty()).then(|| prepare(&writable, &wish.prepare, file_systems));
+    let prepared = prepared.transpose()?;
     let proc = open_directory("/proc")?;
     let image = open_directory(&lower)?;
     switch_root()?;
@@ -135,8 +141,21 @@ pub(crate) fn assemble(wish: &Assemble, file_systems: &BTreeSet<String>) -> Resu
         writable,
         cgroups,
         proc,
+        prepared,
         furniture: OnceLock::new(),
     })
+}
+
+/// Mounts a copy-on-write layer over a file system that is served nothing yet: most of the work of mounting it, done once
+/// for all that are restored.
+fn prepare(
+    writable: &OwnedFd,
+    tag: &str,
+    file_systems: &BTreeSet<String>,
+) -> Result<(String, Arc<OwnedFd>), String> {
+    make_directory(PREPARED, 0o755)?;
+    let upper = overlay(&served(file_systems, tag)?, writable, tag, Path::new(PREPARED), 0o755, (0, 0))?;
+    Ok((tag.to_owned(), Arc::new(upper)))
 }
 
 /// Mounts what the sandbox shares, and writes its files. The directories served to it are mounted already.
@@ -156,10 +175,10 @@ pub(crate) fn furnish(
         mount_temporary(&root)?;
     }
     let mut uppers = Vec::new();
-    for (index, mount) in wish.mounts.iter().enumerate() {
+    for mount in &wish.mounts {
         let served = served(file_systems, &mount.tag)?;
         let lower = beneath(&layout.initial, served.to_str().unwrap_or_default().trim_start_matches('/'));
-        uppers.push(place(layout, &root, index, mount, &lower)?);
+        uppers.push(place(layout, &root, mount, &lower)?);
     }
     for directory in &wish.directories {
         add_directory(directory)?;
@@ -249,7 +268,8 @@ fn path_of(bytes: &[u8]) -> Result<PathBuf, String> {
     }
 }
 
-fn set_clock(unix_time_ns: u64) -> Result<(), String> {
+/// Sets the wall clock.
+pub(crate) fn set_clock(unix_time_ns: u64) -> Result<(), String> {
     let time = rustix::time::Timespec {
         tv_sec: (unix_time_ns / 1_000_000_000).cast_signed(),
         tv_nsec: (unix_time_ns % 1_000_000_000).cast_signed(),
@@ -313,26 +333,46 @@ fn overlay(
 fn place(
     layout: &Layout,
     root: &OwnedFd,
-    index: usize,
     mount: &Mount,
     served: &Path,
 ) -> Result<Option<Arc<OwnedFd>>, String> {
     let target_path = path_of(&mount.target)?;
+    let shown = target_path.display();
     let target = make_path(root, &target_path)?;
     let target = beneath(&target, "");
     match mount.mode {
         MountMode::CopyOnWrite => {
-            let metadata = fs::metadata(served).map_err(say(format!("look at {}", target_path.display())))?;
-            let owner = (metadata.uid(), metadata.gid());
-            let name = format!("mount-{index}");
-            let mode = metadata.mode() & 0o7777;
-            Ok(Some(Arc::new(overlay(served, &layout.writable, &name, &target, mode, owner)?)))
+            let (mode, owner) = look_at(served).map_err(say(format!("look at {shown}")))?;
+            match &layout.prepared {
+                Some((tag, upper)) if *tag == mount.tag => {
+                    let directory = beneath(upper, "");
+                    fs::set_permissions(&directory, Permissions::from_mode(mode))
+                        .map_err(say(format!("prepare {shown}")))?;
+                    std::os::unix::fs::chown(&directory, Some(owner.0), Some(owner.1))
+                        .map_err(say(format!("prepare {shown}")))?;
+                    let prepared = beneath(&layout.initial, PREPARED.trim_start_matches('/'));
+                    mount_move(prepared, &target).map_err(say(format!("mount {shown}")))?;
+                    Ok(Some(upper.clone()))
+                }
+                _ => {
+                    let upper = overlay(served, &layout.writable, &mount.tag, &target, mode, owner)?;
+                    Ok(Some(Arc::new(upper)))
+                }
+            }
         }
         MountMode::ReadOnly | MountMode::ReadWrite => {
-            mount_bind(served, &target).map_err(say(format!("mount {}", target_path.display())))?;
+            mount_bind(served, &target).map_err(say(format!("mount {shown}")))?;
             Ok(None)
         }
     }
+}
+
+/// Permission bits and owner of a served root, as its server says now: the kernel may remember another one's answer.
+fn look_at(served: &Path) -> Result<(u32, (u32, u32)), Errno> {
+    let flags = rustix::fs::AtFlags::STATX_FORCE_SYNC;
+    let wanted = rustix::fs::StatxFlags::BASIC_STATS;
+    let found = rustix::fs::statx(rustix::fs::CWD, served, flags, wanted)?;
+    Ok((u32::from(found.stx_mode) & 0o7777, (found.stx_uid, found.stx_gid)))
 }
 
 /// What every root has, whether its image brought it or not.

@@ -7,7 +7,7 @@ use crate::system;
 /// Asks all programs to end, waits up to `grace`, kills the rest. The reaper collects them.
 pub(crate) async fn end_programs(grace: Duration) {
     let deadline = Instant::now() + grace;
-    system::kill(-1, libc::SIGTERM);
+    crate::exec::cgroup::ask_all();
     while system::has_children() && Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }

@@ -146,6 +146,35 @@ fn keys<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
     Ok(map.unwrap_or_default().into_keys().collect())
 }
 
+/// The number of the signal that `text` means: a name, with or without `SIG`, in any case, or a number. `None` if there is
+/// no such signal.
+pub fn signal_number(text: &str) -> Option<u8> {
+    const NAMES: [&str; 31] = [
+        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE",
+        "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ",
+        "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
+    ];
+    // The first two real-time signals are the C library's own.
+    const FIRST: u8 = 34;
+    const LAST: u8 = 64;
+    let upper = text.to_ascii_uppercase();
+    let name = upper.strip_prefix("SIG").unwrap_or(&upper);
+    let offset = |rest: &str, sign: char| match rest {
+        "" => Some(0),
+        rest => rest.strip_prefix(sign)?.parse::<u8>().ok().filter(|offset| *offset <= LAST - FIRST),
+    };
+    if let Ok(number) = text.parse::<u8>() {
+        return Some(number).filter(|number| (1..=LAST).contains(number));
+    }
+    if let Some(rest) = name.strip_prefix("RTMIN") {
+        return offset(rest, '+').map(|offset| FIRST + offset);
+    }
+    if let Some(rest) = name.strip_prefix("RTMAX") {
+        return offset(rest, '-').map(|offset| LAST - offset);
+    }
+    NAMES.iter().zip(1..).find(|(known, _)| **known == name).map(|(_, number)| number)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -165,5 +194,27 @@ mod tests {
         assert_eq!(file.config, expected);
         let bare: ConfigFile = serde_json::from_str(r#"{"config":null}"#).unwrap();
         assert_eq!(bare.config, ImageConfig::default());
+    }
+
+    #[test]
+    fn signals() {
+        for (text, number) in [
+            ("SIGTERM", Some(15)),
+            ("quit", Some(3)),
+            ("SIGWINCH", Some(28)),
+            ("SYS", Some(31)),
+            ("9", Some(9)),
+            ("SIGRTMIN+3", Some(37)),
+            ("RTMAX-1", Some(63)),
+            ("RTMAX", Some(64)),
+            ("RTMIN-1", None),
+            ("RTMIN+31", None),
+            ("0", None),
+            ("65", None),
+            ("SIGFOO", None),
+            ("", None),
+        ] {
+            assert_eq!(signal_number(text), number, "{text}");
+        }
     }
 }

@@ -27,7 +27,7 @@ pub mod registry;
 mod rootfs;
 mod store;
 
-pub use config::{Descriptor, ImageConfig, Platform};
+pub use config::{Descriptor, ImageConfig, Platform, signal_number};
 pub use digest::Digest;
 pub use error::ImageError;
 pub use layer::{LayerError, LayerItem, LayerReader, LayerWriter, Metadata, NodeKind, decompressed};

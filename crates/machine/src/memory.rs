@@ -12,7 +12,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use rustix::fs::SeekFrom;
@@ -77,7 +77,9 @@ impl Capture {
             let mappings: Vec<Mapping> = all.iter().filter(is_memory).copied().collect();
             let mapped: u64 = mappings.iter().map(|mapping| mapping.end - mapping.start).sum();
             if data.is_file() && data.len() == size && mapped == size {
-                let base = File::open(path)?;
+                // What was a file a moment ago is whatever the process makes of it: opening must not wait.
+                let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+                let base = File::options().read(true).custom_flags(flags).open(path)?;
                 let page = rustix::param::page_size() as u64;
                 return Ok(Self { process, _handle: handle, base, mappings, size, page });
             }

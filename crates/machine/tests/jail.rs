@@ -298,7 +298,7 @@ fn acts(place: &Path) -> ExitCode {
         for attempt in host.tries() {
             failures += attempt.everywhere(&offers);
         }
-        failures += what_is_given_works(&host);
+        failures += what_is_given_works(&host) + what_is_opened_is_read_only(&host);
         failures += qemu_cannot_spawn(&host);
     }
     failures += nothing_is_left();
@@ -405,6 +405,27 @@ fn finish(config: JailConfig) -> (Option<i32>, String) {
         let ended = ended.expect("it ends");
         (ended.status.and_then(|status| status.code()), ended.errors)
     })
+}
+
+/// What the program opens for writing is readable to it, and no more.
+fn what_is_opened_is_read_only(host: &Host) -> u32 {
+    use Behind::{NoNamespaces, Whole};
+    let given = host.state.join("memory");
+    fs::write(&given, "given").expect("written");
+    let mut failures = 0;
+    for behind in [Whole, NoNamespaces] {
+        let words = ["act", "memory"].map(|word| Argument::Text(word.to_owned()));
+        let mut config = config(behind, own(), words.to_vec());
+        config.opened = Some(File::open(&given).expect("opened"));
+        let (code, words) = finish(config);
+        if code != Some(0) {
+            say(&format!("FAILED: what is opened, behind {behind:?}: {code:?} {words}"));
+            failures += 1;
+        }
+    }
+    assert_eq!(fs::read(&given).expect("read"), b"given", "it was changed");
+    fs::remove_file(given).expect("removed");
+    failures
 }
 
 /// The other half of the proof: the guarded program does run, and reads the file it is given.

@@ -9,6 +9,7 @@
 //! | [`Request::LayerOut`] | nothing | [`LayerEntry`], the last one `End` or `Failed` |
 //! | [`Request::LayerIn`] | [`LayerEntry`], the last one `End` | one [`Reply`], as soon as it fails or is done |
 //! | [`Request::CopyIn`] | [`Entry`], the last one `End` | one [`Reply`], as soon as it fails or is done |
+//! | [`Request::Clock`] | nothing | one [`Reply`] |
 //! | [`Request::Quiesce`] | nothing | one [`Reply`]; the stream's end ends the quiet |
 //! | [`Request::Shutdown`] | nothing | one [`Reply`], then the machine ends |
 
@@ -53,6 +54,11 @@ pub enum Request {
     Quiesce {
         /// What becomes of the programs that run; nothing if it is not given, for the machine itself will stand still.
         programs: Option<Programs>,
+    },
+    /// Set the wall clock, nanoseconds since the epoch: the machine stood still.
+    Clock {
+        /// What it is now.
+        unix_time_ns: u64,
     },
     /// Run a program.
     Exec(Box<Exec>),
@@ -136,6 +142,8 @@ pub struct Assemble {
     pub root: Root,
     /// Where writes go.
     pub writable: Writable,
+    /// Tag of a file system that will be the lower layer of a copy-on-write mount, which is assembled ahead; empty for none.
+    pub prepare: String,
 }
 
 /// What no two machines share.
@@ -261,6 +269,8 @@ pub struct Exec {
     pub terminal: Option<WindowSize>,
     /// Kill the whole process tree after this time, milliseconds.
     pub timeout_ms: Option<u64>,
+    /// What asks it to end when the machine ends, it alone; without one, all that it started are sent SIGTERM with it.
+    pub stop_signal: Option<u8>,
     /// A root of its own instead of the machine's: a build's step.
     pub root: Option<LayeredRoot>,
 }

@@ -62,6 +62,12 @@ pub fn unix_ms() -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
+/// The wall clock, nanoseconds since the epoch.
+pub(crate) fn unix_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
 /// A point of the wall clock as RFC 3339 has it, in UTC, to the millisecond.
 pub fn rfc3339(unix_ms: u64) -> String {
     // The formatter knows years up to 9999.

@@ -9,6 +9,7 @@ use serde_bytes::ByteBuf;
 use crate::files::{Access, Export, ExportError, FileServer, HostImageOptions};
 use crate::problem::{Problem, io, plain, problem};
 use crate::project::{Workspace, WorkspaceMode};
+use crate::saved::From;
 use crate::spec::{Image, MountSource, Spec};
 use crate::state::SandboxDirectory;
 use crate::workspace::{BaseTable, guarded};
@@ -22,7 +23,7 @@ pub(crate) fn mounts(spec: &Spec) -> Vec<Mount> {
             WorkspaceMode::Rw => MountMode::ReadWrite,
             WorkspaceMode::Ro | WorkspaceMode::None => MountMode::ReadOnly,
         };
-        (&workspace.root, Exports::WORKSPACE.to_owned(), mode)
+        (&workspace.root, Exports::workspace_tag(workspace.mode).to_owned(), mode)
     });
     let others = spec.mounts.iter().enumerate().map(|(index, mount)| {
         let mode = if mount.read_only { MountMode::ReadOnly } else { MountMode::ReadWrite };
@@ -61,8 +62,16 @@ pub(crate) struct Exports {
 impl Exports {
     /// Tag of the host image.
     pub(crate) const HOST: &'static str = "host";
-    /// Tag of the workspace.
+    /// Tag of a copy-on-write workspace, which templates prepare for.
     pub(crate) const WORKSPACE: &'static str = "workspace";
+
+    /// Tag of the workspace in this mode.
+    fn workspace_tag(mode: WorkspaceMode) -> &'static str {
+        match mode {
+            WorkspaceMode::Cow => Self::WORKSPACE,
+            WorkspaceMode::Rw | WorkspaceMode::Ro | WorkspaceMode::None => "project",
+        }
+    }
 
     /// Tag of mount number `index` of the spec.
     pub(crate) fn mount_tag(index: usize) -> String {
@@ -85,7 +94,15 @@ impl Exports {
             let writable = workspace.mode == WorkspaceMode::Rw;
             let export = workspace_export(workspace, exports.bases.clone())?;
             if writable { &mut exports.write } else { &mut exports.read }.push(workspace.root.clone());
-            exports.add(Self::WORKSPACE, !writable, export);
+            exports.add(Self::workspace_tag(workspace.mode), !writable, export);
+        }
+        if directory.is_template() {
+            // An empty one: whose machine is restored is served something else.
+            let root = directory.path().join("empty");
+            std::fs::create_dir_all(&root).map_err(io("make an empty directory"))?;
+            let export = Export::directory(&root, Access::ReadOnly, Path::new(""));
+            exports.add(Self::WORKSPACE, true, export.map_err(|error| refused(&error))?);
+            exports.read.push(root);
         }
         let state = directory.home().path();
         for (index, mount) in spec.mounts.iter().enumerate() {
@@ -131,9 +148,13 @@ impl Exports {
     }
 
     /// Goes on for the guest of servers that saved these.
-    pub(crate) fn adopt(&self, saved: &[(String, Vec<u8>)]) -> Result<(), Problem> {
+    pub(crate) fn adopt(&self, saved: &[(String, Vec<u8>)], from: From) -> Result<(), Problem> {
         for (tag, table) in saved {
             let served = self.served.iter().find(|served| served.tag == *tag);
+            if served.is_none() && from == From::Template {
+                // It was prepared for, and this sandbox has none.
+                continue;
+            }
             if !served.is_some_and(|served| served.server.adopt(table)) {
                 let message =
                     format!("the saved machine's file system {tag} is not what this sandbox is served");

@@ -225,6 +225,22 @@ impl Images {
         is_path(reference) || self.find(reference).is_ok() || split_reference(reference).0.exists()
     }
 
+    /// Whether `reference` can be asked for at a registry.
+    ///
+    /// # Errors
+    /// Code `image-name`: it is no name of an image.
+    pub fn check(&self, reference: &str) -> Result<(), Problem> {
+        parse(reference).map(drop)
+    }
+
+    /// What is wrong with records of built images that cannot be read.
+    ///
+    /// # Errors
+    /// If their directory cannot be read.
+    pub fn damaged_records(&self) -> Result<Vec<Problem>, Problem> {
+        crate::build::damaged_records(&self.home)
+    }
+
     /// A name of the store that looks like `name`, which is none.
     pub fn nearest(&self, name: &str) -> Option<String> {
         match self.store.find(name) {
@@ -238,7 +254,13 @@ impl Images {
     /// # Errors
     /// Code `image-not-found`; `image-in-use` if it is the last name of what a sandbox was made from, unless `force`.
     pub fn remove(&self, name: &str, force: bool) -> Result<(), Problem> {
-        let image = self.find(name)?;
+        let image = match self.find(name) {
+            // A record without its image, which nothing else would take away if it cannot be read.
+            Err(problem) if problem.code == "image-not-found" => {
+                return if crate::build::forget_record(&self.home, name) { Ok(()) } else { Err(problem) };
+            }
+            found => found?,
+        };
         let names = self.store.list().map_err(store_problem)?;
         let same = names.iter().filter_map(|listed| listed.image.as_ref().ok());
         let is_last = same.filter(|other| other.diff_ids == image.diff_ids).count() == 1;
@@ -259,8 +281,10 @@ impl Images {
             Err(problem) => tracing::debug!(problem = problem.message, "the image stays in Docker"),
             Ok(()) => {}
         }
+        let alone = crate::build::alone(&self.home)?;
         self.store.untag(&parse(&image.name)?).map_err(store_problem)?;
         crate::build::forget(&self.home, &image.name);
+        drop(alone);
         let kept = crate::build::cached_layers(&self.home);
         match self.prune_keeping(&kept, false) {
             // Left for the next one: a build or a pull is under way, or another image is damaged.

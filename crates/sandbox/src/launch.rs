@@ -5,6 +5,8 @@ use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
+use agentkernel_image::signal_number;
+
 use crate::configuration::{CommandPolicy, Profile};
 use crate::deadline::unix_ms;
 use crate::exports;
@@ -120,6 +122,7 @@ pub fn settle(home: &Home, request: Request, progress: &mut dyn FnMut(&str)) -> 
     };
     if request.image_is_suggestion {
         defaults.entrypoint.clear();
+        defaults.stop_signal = None;
     }
     for (name, value) in &request.environment {
         set(&mut defaults.environment, name, value);
@@ -262,6 +265,7 @@ fn host(request: &Request) -> Result<(Image, Defaults), Problem> {
         environment: environment.iter().map(|(name, value)| (Text::from(*name), Text::from(value))).collect(),
         directory: workspace_directory(request).unwrap_or_else(|| user.home.clone()),
         user: format!("{}:{}", user.uid, user.gid),
+        stop_signal: None,
     };
     Ok((Image::Host { user: user.clone(), toolchains }, defaults))
 }
@@ -287,6 +291,8 @@ fn oci(
         environment,
         directory: directory.unwrap_or_else(|| PathBuf::from("/")),
         user: config.user.clone().unwrap_or_default(),
+        // One that nobody knows is as none, as for Docker; SIGTERM is what all are asked with.
+        stop_signal: config.stop_signal.as_deref().and_then(signal_number),
     };
     Ok((Image::Disk { path: image.root_file_system, name: image.name }, defaults))
 }

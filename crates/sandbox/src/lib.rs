@@ -20,6 +20,7 @@ pub mod executions;
 mod exports;
 pub mod files;
 pub mod fork;
+mod fork_check;
 pub mod images;
 pub mod inspect;
 pub mod launch;
@@ -44,5 +45,6 @@ pub mod jail {
     pub use agentkernel_machine::jail::{VERB, main};
 }
 
+pub use fork_check::{Check, fork_check};
 pub use problem::{Problem, io, os, plain, printable, problem};
 pub use text::Text;

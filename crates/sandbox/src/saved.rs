@@ -26,6 +26,7 @@ use agentkernel_machine::accelerator;
 use agentkernel_machine::kernel::{self, Kernel};
 use agentkernel_machine::memory::{Capture, copy_sparsely};
 use agentkernel_machine::qemu;
+use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use crate::client::Sandbox;
@@ -294,9 +295,10 @@ impl Draft {
     pub(crate) fn new(parent: &Path) -> Result<Self, Problem> {
         let path = parent.join(format!("{DRAFT_PREFIX}{}", random_word()));
         let make = || {
+            let _shared = lock_directory(parent, FlockOperation::LockShared)?;
             fs::create_dir(&path)?;
             let lock = private_file().create_new(true).open(path.join(DRAFT_LOCK))?;
-            rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)?;
+            rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
             Ok(lock)
         };
         let lock = make().map_err(io(format!("make {}", path.display())))?;
@@ -309,12 +311,22 @@ impl Draft {
 
     /// Gives it its lasting name, at which there must be nothing.
     pub(crate) fn keep(self, target: &Path) -> Result<(), Problem> {
-        let what = || format!("name {}", target.display());
-        fs::remove_file(self.path.join(DRAFT_LOCK)).map_err(io(what()))?;
-        let (cwd, flags) = (rustix::fs::CWD, rustix::fs::RenameFlags::NOREPLACE);
-        rustix::fs::renameat_with(cwd, &self.path, cwd, target, flags)
-            .map_err(|error| io(what())(error.into()))
+        let keep = || -> std::io::Result<()> {
+            let parent = self.path.parent().unwrap_or(Path::new("."));
+            let _shared = lock_directory(parent, FlockOperation::LockShared)?;
+            fs::remove_file(self.path.join(DRAFT_LOCK))?;
+            let (cwd, flags) = (rustix::fs::CWD, rustix::fs::RenameFlags::NOREPLACE);
+            Ok(rustix::fs::renameat_with(cwd, &self.path, cwd, target, flags)?)
+        };
+        keep().map_err(io(format!("name {}", target.display())))
     }
+}
+
+/// Held shared while a draft has no lock of its own: when it is made, and when it is named.
+fn lock_directory(directory: &Path, operation: FlockOperation) -> std::io::Result<File> {
+    let lock = File::open(directory)?;
+    rustix::fs::flock(&lock, operation)?;
+    Ok(lock)
 }
 
 impl Drop for Draft {
@@ -326,27 +338,26 @@ impl Drop for Draft {
 /// Removes drafts in `parent` that nobody fills any more; returns their number.
 pub(crate) fn sweep_drafts(parent: &Path, dry_run: bool) -> usize {
     let entries = fs::read_dir(parent).into_iter().flatten().flatten();
-    let drafts = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(DRAFT_PREFIX));
-    drafts
-        .filter(|draft| {
-            let lock = File::open(draft.path().join(DRAFT_LOCK)).and_then(|lock| {
-                Ok(rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)?)
-            });
-            let is_free = match lock {
-                Ok(()) => true,
-                // One that is being made has none for a moment, one that is being named neither.
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                    let age = draft.metadata().and_then(|data| data.modified()).ok();
-                    age.and_then(|time| time.elapsed().ok()).is_some_and(|age| age > Duration::from_secs(60))
-                }
-                Err(_) => false,
-            };
-            if is_free && !dry_run {
-                let _ = fs::remove_dir_all(draft.path());
-            }
-            is_free
-        })
-        .count()
+    let mut drafts =
+        entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(DRAFT_PREFIX)).peekable();
+    if drafts.peek().is_none() {
+        return 0;
+    }
+    let exclusive = lock_directory(parent, FlockOperation::NonBlockingLockExclusive).ok();
+    let is_free = |draft: &fs::DirEntry| {
+        let lock = File::open(draft.path().join(DRAFT_LOCK));
+        match lock {
+            Ok(lock) => rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok(),
+            // Whoever made it did not get further.
+            Err(error) => error.kind() == std::io::ErrorKind::NotFound && exclusive.is_some(),
+        }
+    };
+    let free = drafts.filter(is_free).inspect(|draft| {
+        if !dry_run {
+            let _ = fs::remove_dir_all(draft.path());
+        }
+    });
+    free.count()
 }
 
 /// Writes everything in a saved machine's directory to the disk.

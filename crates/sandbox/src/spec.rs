@@ -73,6 +73,9 @@ pub struct Defaults {
     pub directory: PathBuf,
     /// User, as in a Dockerfile's `USER`.
     pub user: String,
+    /// What asks `run`'s own program to end: the image's STOPSIGNAL.
+    #[serde(default)]
+    pub stop_signal: Option<u8>,
 }
 
 impl Defaults {
@@ -89,6 +92,7 @@ impl Defaults {
             user: self.user.clone(),
             terminal: None,
             timeout_ms: None,
+            stop_signal: None,
             root: None,
         }
     }

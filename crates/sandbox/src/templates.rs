@@ -276,6 +276,7 @@ async fn run(sandbox: &Sandbox, words: &[&str]) -> Result<(), Problem> {
         user: String::new(),
         terminal: None,
         timeout_ms: Some(WARM_UP_MS),
+        stop_signal: None,
         root: None,
     };
     let mut execution = sandbox.exec(exec).await?;

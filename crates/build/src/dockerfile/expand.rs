@@ -35,6 +35,19 @@ pub enum ExpandError {
     TooLarge,
 }
 
+impl ExpandError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> String {
+        match self {
+            Self::Unclosed(open) => format!("close it, or put a backslash before the {open}"),
+            Self::Modifier(_) => "there are :- :+ :? - + ? # ## % %% / and //".to_owned(),
+            Self::Name(_) => "a name has letters, digits and _: ${NAME}".to_owned(),
+            Self::Required { name, .. } => format!("ARG {name}, and --build-arg {name}=VALUE"),
+            Self::TooLarge => "write it with fewer or shorter variables".to_owned(),
+        }
+    }
+}
+
 /// Splits and expands words.
 #[derive(Debug, Clone, Copy)]
 pub struct Lexer {

@@ -43,7 +43,8 @@ pub(super) fn decode(bytes: &[u8]) -> Result<String, DockerfileError> {
     let start = Place { line: 1, column: 1 };
     if bytes.len() > BYTES_LIMIT {
         let message = format!("a Dockerfile may have {} bytes, this one has {}", BYTES_LIMIT, bytes.len());
-        return Err(DockerfileError::new("", start, message, None));
+        let hint = Some("what is large belongs into files that COPY takes".to_owned());
+        return Err(DockerfileError::new("", start, message, hint));
     }
     String::from_utf8(bytes.to_vec()).map_err(|error| {
         let whole = String::from_utf8_lossy(bytes).into_owned();
@@ -68,7 +69,10 @@ pub(super) fn read(source: &str) -> Result<Lines, DockerfileError> {
         if lines.lines.len() >= INSTRUCTIONS_LIMIT {
             let place = Place { line: next as u32 + 1, column: 1 };
             let message = format!("more than {INSTRUCTIONS_LIMIT} instructions");
-            return Err(DockerfileError::new(source, place, message, None));
+            let hint = Some(
+                "put several commands into one RUN, or build on an image of the first of them".to_owned(),
+            );
+            return Err(DockerfileError::new(source, place, message, hint));
         }
         let mut line = join(&all, &mut next, lines.escape);
         heredocs(source, &all, &mut next, &mut line, lines.escape)?;
@@ -88,20 +92,20 @@ fn directives(source: &str, all: &[&str], lines: &mut Lines) -> Result<usize, Do
         let (key, text) = (key.trim().to_ascii_lowercase(), value.trim());
         let column = line.chars().count() - value.trim_start().chars().count() + 1;
         let place = Place { line: index as u32 + 1, column: column as u32 };
-        let error = |message: String, hint: Option<&str>| {
-            Err(DockerfileError::new(source, place, message, hint.map(str::to_owned)))
+        let error = |message: String, hint: &str| {
+            Err(DockerfileError::new(source, place, message, Some(hint.to_owned())))
         };
         if !matches!(key.as_str(), "syntax" | "escape" | "check") {
             return Ok(index);
         }
         if seen.contains(&key) {
-            return error(format!("the directive `{key}` is given twice"), None);
+            return error(format!("the directive `{key}` is given twice"), "leave one of them out");
         }
         match key.as_str() {
             "syntax" => lines.syntax = Some(Word { text: text.to_owned(), place }),
             "escape" if matches!(text, "\\" | "`") => lines.escape = text.chars().next().unwrap_or('\\'),
             "escape" => {
-                return error(format!("the escape character cannot be `{text}`"), Some("it is \\ or `"));
+                return error(format!("the escape character cannot be `{text}`"), "it is \\ or `");
             }
             // Which of Docker's lints run says nothing about the image.
             _ => {}
@@ -169,7 +173,8 @@ fn heredocs(
         let place = line.place(range.start);
         if line.heredocs.len() >= HEREDOCS_LIMIT {
             let message = format!("more than {HEREDOCS_LIMIT} documents in one instruction");
-            return Err(DockerfileError::new(source, place, message, None));
+            let hint = Some("spread them over several instructions".to_owned());
+            return Err(DockerfileError::new(source, place, message, hint));
         }
         let mut content = String::new();
         loop {

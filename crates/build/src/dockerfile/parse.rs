@@ -1,4 +1,4 @@
-//! Instructions from logical lines.
+//! Instructions from logical lines. One file though it is long: each function is one instruction, or what several share.
 
 use std::ops::Range;
 
@@ -30,6 +30,26 @@ const KEYWORDS: [&str; 18] = [
     "WORKDIR",
 ];
 const SECOND: u64 = 1_000_000_000;
+const BEGIN: &str = "begin with the image to build on, such as: FROM alpine:3.20";
+/// What an argument of each instruction looks like.
+const EXAMPLES: [(&str, &str); 16] = [
+    ("ADD", "ADD archive.tar.gz /opt/"),
+    ("ARG", "ARG VERSION=3"),
+    ("COPY", "COPY SOURCE... DESTINATION"),
+    ("ENV", "ENV NAME=VALUE"),
+    ("EXPOSE", "EXPOSE 8080"),
+    ("FROM", "FROM alpine:3.20"),
+    ("HEALTHCHECK", "HEALTHCHECK CMD COMMAND"),
+    ("LABEL", "LABEL NAME=VALUE"),
+    ("MAINTAINER", "MAINTAINER NAME"),
+    ("ONBUILD", "ONBUILD RUN COMMAND"),
+    ("RUN", "RUN COMMAND"),
+    ("SHELL", "SHELL [\"/bin/bash\", \"-c\"]"),
+    ("STOPSIGNAL", "STOPSIGNAL SIGTERM"),
+    ("USER", "USER NAME"),
+    ("VOLUME", "VOLUME /data"),
+    ("WORKDIR", "WORKDIR /srv"),
+];
 
 pub(super) fn parse(bytes: &[u8]) -> Result<Dockerfile, DockerfileError> {
     let source = lines::decode(bytes)?;
@@ -46,7 +66,11 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Dockerfile, DockerfileError> {
                 if let Some(name) = &stage.name
                     && file.stages.iter().any(|other| other.name.as_ref() == Some(name))
                 {
-                    return parser.fail(0, format!("two stages are called `{name}`"), None);
+                    return parser.fail(
+                        0,
+                        format!("two stages are called `{name}`"),
+                        "give one of them another name",
+                    );
                 }
                 file.stages.push(*stage);
             }
@@ -54,19 +78,15 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Dockerfile, DockerfileError> {
                 (Some(stage), _) => stage.instructions.push(*instruction),
                 (None, Kind::Arg(_)) => file.arguments.push(*instruction),
                 (None, _) => {
-                    return parser.fail(
-                        0,
-                        "nothing but ARG may stand before the first FROM".into(),
-                        Some("begin with the image to build on, such as: FROM alpine:3.20"),
-                    );
+                    return parser.fail(0, "nothing but ARG may stand before the first FROM".into(), BEGIN);
                 }
             },
         }
     }
     if file.stages.is_empty() {
         let place = Place { line: 1, column: 1 };
-        let hint = Some("begin with the image to build on, such as: FROM alpine:3.20".to_owned());
-        return Err(DockerfileError::new(&source, place, "there is no FROM".into(), hint));
+        let message = "there is no FROM".into();
+        return Err(DockerfileError::new(&source, place, message, Some(BEGIN.into())));
     }
     file.source = source;
     Ok(file)
@@ -110,12 +130,12 @@ struct Parser<'a> {
 type Parse<T> = Result<T, DockerfileError>;
 
 impl Parser<'_> {
-    fn fail<T>(&self, at: usize, message: String, hint: Option<&str>) -> Parse<T> {
+    fn fail<T>(&self, at: usize, message: String, hint: impl Into<String>) -> Parse<T> {
         Err(self.error(at, message, hint))
     }
 
-    fn error(&self, at: usize, message: String, hint: Option<&str>) -> DockerfileError {
-        DockerfileError::new(self.source, self.line.place(at), message, hint.map(str::to_owned))
+    fn error(&self, at: usize, message: String, hint: impl Into<String>) -> DockerfileError {
+        DockerfileError::new(self.source, self.line.place(at), message, Some(hint.into()))
     }
 
     fn text(&self, range: &Range<usize>) -> &str {
@@ -159,14 +179,12 @@ impl Parser<'_> {
         let rest = self.trim(range.start + end..range.end);
         let at = range.start;
         if !KEYWORDS.contains(&keyword.as_str()) {
-            let near = KEYWORDS.iter().min_by_key(|known| strsim::damerau_levenshtein(known, &keyword));
-            let near = near.filter(|known| strsim::damerau_levenshtein(known, &keyword) <= 2);
             let shown: String = text[..end].chars().take(40).collect();
-            let hint = near.map(|known| format!("did you mean {known}?"));
-            return self.fail(at, format!("unknown instruction `{shown}`"), hint.as_deref());
+            let hint = did_you_mean(&keyword, &KEYWORDS, "", 2);
+            return self.fail(at, format!("unknown instruction `{shown}`"), hint);
         }
         if rest.is_empty() && !matches!(keyword.as_str(), "CMD" | "ENTRYPOINT") {
-            return self.fail(at, format!("{keyword} needs an argument"), None);
+            return self.fail(at, format!("{keyword} needs an argument"), such_as(&keyword));
         }
         if keyword == "FROM" {
             return self.from(at, rest).map(|stage| Parsed::From(Box::new(stage)));
@@ -194,17 +212,17 @@ impl Parser<'_> {
                 // Looked through now, carried out by those who build on this image.
                 match self.instruction(rest.clone())? {
                     Parsed::From(_) => {
-                        return self.fail(rest.start, "FROM cannot follow ONBUILD".into(), None);
+                        return self.not_triggered(rest.start, "FROM");
                     }
                     Parsed::Instruction(inner) => match inner.kind {
                         Kind::Onbuild(_) => {
-                            return self.fail(rest.start, "ONBUILD cannot follow ONBUILD".into(), None);
+                            return self.not_triggered(rest.start, "ONBUILD");
                         }
                         Kind::Maintainer(_) => {
-                            return self.fail(rest.start, "MAINTAINER cannot follow ONBUILD".into(), None);
+                            return self.not_triggered(rest.start, "MAINTAINER");
                         }
                         Kind::Run(Run { heredocs, .. }) if !heredocs.is_empty() => {
-                            return self.fail(rest.start, "a document cannot follow ONBUILD".into(), None);
+                            return self.not_triggered(rest.start, "a document");
                         }
                         Kind::Copy(transfer) | Kind::Add(transfer)
                             if transfer
@@ -212,7 +230,7 @@ impl Parser<'_> {
                                 .iter()
                                 .any(|source| matches!(source, TransferSource::Document(_))) =>
                         {
-                            return self.fail(rest.start, "a document cannot follow ONBUILD".into(), None);
+                            return self.not_triggered(rest.start, "a document");
                         }
                         _ => Kind::Onbuild(self.line.word(rest)),
                     },
@@ -222,7 +240,7 @@ impl Parser<'_> {
             "SHELL" => match json_words(self.text(&rest)) {
                 Some(words) if !words.is_empty() => Kind::Shell(words),
                 _ => {
-                    let hint = Some("write it as JSON: SHELL [\"/bin/bash\", \"-c\"]");
+                    let hint = "write it as JSON: SHELL [\"/bin/bash\", \"-c\"]";
                     return self.fail(rest.start, "SHELL needs a list of words".into(), hint);
                 }
             },
@@ -233,10 +251,17 @@ impl Parser<'_> {
         })
     }
 
+    /// What cannot be left to those who build on the image.
+    fn not_triggered<T>(&self, at: usize, what: &str) -> Parse<T> {
+        self.fail(at, format!("{what} cannot follow ONBUILD"), such_as("ONBUILD"))
+    }
+
     fn single(&self, keyword: &str, rest: Range<usize>) -> Parse<Word> {
         let words = self.plain_words(&rest);
         match words.get(1) {
-            Some(second) => self.fail(second.start, format!("{keyword} takes one argument"), None),
+            Some(second) => {
+                self.fail(second.start, format!("{keyword} takes one argument"), such_as(keyword))
+            }
             None => Ok(self.line.word(rest)),
         }
     }
@@ -245,7 +270,9 @@ impl Parser<'_> {
     fn list(&self, rest: Range<usize>) -> Parse<Vec<Word>> {
         let place = self.line.place(rest.start);
         match json_words(self.text(&rest)) {
-            Some(words) if words.is_empty() => self.fail(rest.start, "the list is empty".into(), None),
+            Some(words) if words.is_empty() => {
+                self.fail(rest.start, "the list is empty".into(), "leave the instruction out, or name a path")
+            }
             Some(words) => Ok(words.into_iter().map(|text| Word { text, place }).collect()),
             None => Ok(self.plain_words(&rest).into_iter().map(|word| self.line.word(word)).collect()),
         }
@@ -282,14 +309,12 @@ impl Parser<'_> {
                 None => (&text[2..], None),
             };
             if !known.contains(&name) {
-                let near = known.iter().min_by_key(|flag| strsim::damerau_levenshtein(flag, name));
-                let near = near.filter(|flag| strsim::damerau_levenshtein(flag, name) <= 3);
                 let shown: String = name.chars().take(40).collect();
-                let hint = near.map(|flag| format!("did you mean --{flag}?"));
-                return self.fail(at, format!("{keyword} has no flag --{shown}"), hint.as_deref());
+                let hint = did_you_mean(name, known, "--", 3);
+                return self.fail(at, format!("{keyword} has no flag --{shown}"), hint);
             }
             if !matches!(name, "mount" | "exclude") && flags.iter().any(|flag| flag.name == name) {
-                return self.fail(at, format!("--{name} is given twice"), None);
+                return self.fail(at, format!("--{name} is given twice"), "leave one of them out");
             }
             let name = name.to_owned();
             flags.push(Flag { name, value: value.map(|range| self.line.word(range)), at });
@@ -302,7 +327,10 @@ impl Parser<'_> {
     fn value(&self, flag: Flag) -> Parse<Word> {
         match flag.value {
             Some(value) if !value.text.is_empty() => Ok(value),
-            _ => self.fail(flag.at, format!("--{} needs a value: --{}=...", flag.name, flag.name), None),
+            _ => {
+                let hint = format!("write: --{}=VALUE", flag.name);
+                self.fail(flag.at, format!("--{} needs a value", flag.name), hint)
+            }
         }
     }
 
@@ -312,7 +340,8 @@ impl Parser<'_> {
             None | Some("true" | "1" | "t") => Ok(true),
             Some("false" | "0" | "f") => Ok(false),
             Some(other) => {
-                self.fail(flag.at, format!("--{} is true or false, not `{other}`", flag.name), None)
+                let hint = format!("write --{} alone, or --{}=false", flag.name, flag.name);
+                self.fail(flag.at, format!("--{} is true or false, not `{other}`", flag.name), hint)
             }
         }
     }
@@ -326,9 +355,9 @@ impl Parser<'_> {
             [_, keyword, name] if self.text(keyword).eq_ignore_ascii_case("as") => {
                 Some(self.stage_name(name.clone())?)
             }
-            [] => return self.fail(at, "FROM needs an image".into(), None),
+            [] => return self.fail(at, "FROM needs an image".into(), such_as("FROM")),
             [_, second, ..] => {
-                let hint = Some("write: FROM IMAGE, or FROM IMAGE AS NAME");
+                let hint = "write: FROM IMAGE, or FROM IMAGE AS NAME";
                 return self.fail(second.start, "FROM takes one image".into(), hint);
             }
         };
@@ -348,7 +377,7 @@ impl Parser<'_> {
         if name.starts_with(|first: char| first.is_ascii_lowercase()) && name.bytes().all(rest) {
             return Ok(name);
         }
-        let hint = Some("a stage's name begins with a letter; letters, digits, `-`, `_` and `.` may follow");
+        let hint = "a stage's name begins with a letter; letters, digits, `-`, `_` and `.` may follow";
         self.fail(range.start, format!("`{name}` cannot be a stage's name"), hint)
     }
 
@@ -365,7 +394,8 @@ impl Parser<'_> {
             };
             if !is_name(self.text(&name)) {
                 let shown = self.text(&name).to_owned();
-                return self.fail(word.start, format!("`{shown}` cannot be an argument's name"), None);
+                let hint = "a name has letters, digits and _, and does not begin with a digit";
+                return self.fail(word.start, format!("`{shown}` cannot be an argument's name"), hint);
             }
             arguments.push((self.line.word(name), default));
         }
@@ -387,19 +417,21 @@ impl Parser<'_> {
             if value.is_empty() {
                 let name = self.text(first);
                 let hint = format!("write: {keyword} {name}=VALUE");
-                return self.fail(first.start, format!("{keyword} {name} has no value"), Some(&hint));
+                return self.fail(first.start, format!("{keyword} {name} has no value"), hint);
             }
             return Ok(vec![(self.line.word(first.clone()), self.line.word(value))]);
         }
         let pair = |word: &Range<usize>| match self.text(word).find('=') {
-            Some(0) => self.fail(word.start, format!("{keyword} has a value without a name"), None),
+            Some(0) => {
+                self.fail(word.start, format!("{keyword} has a value without a name"), such_as(keyword))
+            }
             Some(equals) => {
                 let name = self.line.word(word.start..word.start + equals);
                 Ok((name, self.line.word(word.start + equals + 1..word.end)))
             }
             None => {
                 let shown = self.text(word).to_owned();
-                let hint = Some("put a value with spaces between quotes");
+                let hint = "put a value with spaces between quotes";
                 self.fail(word.start, format!("`{shown}` is no NAME=VALUE"), hint)
             }
         };
@@ -420,7 +452,7 @@ impl Parser<'_> {
         let Some((destination, sources)) = words.split_last().filter(|(_, sources)| !sources.is_empty())
         else {
             let hint = format!("write: {keyword} SOURCE... DESTINATION");
-            return self.fail(rest.start, format!("{keyword} needs a source and a destination"), Some(&hint));
+            return self.fail(rest.start, format!("{keyword} needs a source and a destination"), hint);
         };
         let document = |word: &Word| {
             let found = self.line.heredocs.iter().find(|heredoc| heredoc.place == word.place);
@@ -465,7 +497,7 @@ impl Parser<'_> {
     fn run(&self, at: usize, rest: Range<usize>) -> Parse<Run> {
         let (flags, rest) = self.flags("RUN", rest, &["mount", "network", "security"])?;
         if rest.is_empty() {
-            return self.fail(at, "RUN needs a command".into(), None);
+            return self.fail(at, "RUN needs a command".into(), such_as("RUN"));
         }
         let mut run = Run {
             command: self.command(&rest),
@@ -524,15 +556,13 @@ impl Parser<'_> {
             "secret" => &["type", "target", "id", "env", "required", "mode", "uid", "gid"],
             "ssh" => &["type", "target", "id", "required", "mode", "uid", "gid"],
             other => {
-                let hint = Some("there are bind, cache, tmpfs, secret and ssh");
+                let hint = "there are bind, cache, tmpfs, secret and ssh";
                 return self.fail(at, format!("`{other}` is no type of a mount"), hint);
             }
         };
         if let Some((key, _)) = options.iter().find(|(key, _)| !known.contains(&key.as_str())) {
-            let near = known.iter().min_by_key(|known| strsim::damerau_levenshtein(known, key));
-            let near = near.filter(|known| strsim::damerau_levenshtein(known, key) <= 3);
-            let hint = near.map(|known| format!("did you mean {known}?"));
-            return self.fail(at, format!("a mount of type {kind} has no option `{key}`"), hint.as_deref());
+            let hint = did_you_mean(key, known, "", 3);
+            return self.fail(at, format!("a mount of type {kind} has no option `{key}`"), hint);
         }
         let text = |name: &str| {
             options.iter().rev().find(|(key, _)| key == name).and_then(|(_, given)| given.clone())
@@ -544,14 +574,20 @@ impl Parser<'_> {
             match given.as_ref().map(|given| given.text.to_ascii_lowercase()).as_deref() {
                 None | Some("true" | "1") => Ok(true),
                 Some("false" | "0") => Ok(false),
-                Some(other) => self.fail(at, format!("`{name}` is true or false, not `{other}`"), None),
+                Some(other) => {
+                    let hint = format!("write {name} alone, or {name}=false");
+                    self.fail(at, format!("`{name}` is true or false, not `{other}`"), hint)
+                }
             }
         };
         let number = |name: &str, radix: u32| -> Parse<Option<u32>> {
             let Some(given) = text(name) else { return Ok(None) };
             match u32::from_str_radix(&given.text, radix) {
                 Ok(number) => Ok(Some(number)),
-                Err(_) => self.fail(at, format!("`{name}` is a number, not `{}`", given.text), None),
+                Err(_) => {
+                    let hint = if radix == 8 { "in octal digits: mode=0755" } else { "such as uid=1000" };
+                    self.fail(at, format!("`{name}` is a number, not `{}`", given.text), hint)
+                }
             }
         };
         let (uid, gid) = (number("uid", 10)?.unwrap_or(0), number("gid", 10)?.unwrap_or(0));
@@ -570,7 +606,7 @@ impl Parser<'_> {
                     Some("private") => Sharing::Private,
                     Some("locked") => Sharing::Locked,
                     Some(other) => {
-                        let hint = Some("there are shared, private and locked");
+                        let hint = "there are shared, private and locked";
                         return self.fail(at, format!("a cache cannot be `{other}`"), hint);
                     }
                 },
@@ -582,7 +618,10 @@ impl Parser<'_> {
             "tmpfs" => {
                 let size = text("size").map(|size| match bytes_of(&size.text) {
                     Some(bytes) => Ok(bytes),
-                    None => self.fail(at, format!("`size` is a number of bytes, not `{}`", size.text), None),
+                    None => {
+                        let message = format!("`size` is a number of bytes, not `{}`", size.text);
+                        self.fail(at, message, "such as size=64m")
+                    }
                 });
                 MountKind::Temporary { size: size.transpose()? }
             }
@@ -599,7 +638,7 @@ impl Parser<'_> {
         let target = text("target");
         let needs = !matches!(kind, MountKind::Secret { .. } | MountKind::Ssh);
         if needs && target.as_ref().is_none_or(|target| target.text.is_empty()) {
-            return self.fail(at, "this mount needs a target: target=/path".into(), None);
+            return self.fail(at, "this mount needs a target".into(), "write: target=/path");
         }
         Ok(Mount { kind, target, place })
     }
@@ -623,7 +662,7 @@ impl Parser<'_> {
                 check.command = Some(self.command(&self.trim(keyword.end..rest.end)));
             }
             _ => {
-                let hint = Some("write: HEALTHCHECK NONE, or HEALTHCHECK [--interval=30s] CMD COMMAND");
+                let hint = "write: HEALTHCHECK NONE, or HEALTHCHECK [--interval=30s] CMD COMMAND";
                 return self.fail(rest.start, "HEALTHCHECK needs CMD and a command".into(), hint);
             }
         }
@@ -633,15 +672,15 @@ impl Parser<'_> {
             if name == "retries" {
                 match value.text.parse() {
                     Ok(retries) => check.retries = retries,
-                    Err(_) => return self.fail(at, "--retries is a number".into(), None),
+                    Err(_) => return self.fail(at, "--retries is a number".into(), "such as --retries=3"),
                 }
                 continue;
             }
             let time = match duration(&value.text) {
                 Some(time) if time == 0 || time >= SECOND / 1000 => time,
                 _ => {
-                    let message = format!("--{name} is a time such as 30s or 1m30s, at least 1ms");
-                    return self.fail(at, message, None);
+                    let message = format!("--{name} is a time, at least 1ms");
+                    return self.fail(at, message, "such as 30s or 1m30s");
                 }
             };
             match name.as_str() {
@@ -653,6 +692,24 @@ impl Parser<'_> {
         }
         Ok(check)
     }
+}
+
+/// The hint for a word that is none of `known`, each shown after `prefix`: the nearest of them, or all.
+fn did_you_mean(word: &str, known: &[&str], prefix: &str, distance: usize) -> String {
+    let near = known.iter().min_by_key(|known| strsim::damerau_levenshtein(known, word));
+    match near.filter(|known| strsim::damerau_levenshtein(known, word) <= distance) {
+        Some(near) => format!("did you mean {prefix}{near}?"),
+        None => {
+            let all: Vec<String> = known.iter().map(|known| format!("{prefix}{known}")).collect();
+            format!("there are {}", all.join(", "))
+        }
+    }
+}
+
+/// The hint that shows how an instruction is written.
+fn such_as(keyword: &str) -> String {
+    let example = EXAMPLES.iter().find(|(known, _)| *known == keyword);
+    format!("write: {}", example.map_or(keyword, |(_, example)| example))
 }
 
 /// A JSON list of texts; anything else is no list, as for Docker.

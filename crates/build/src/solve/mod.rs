@@ -19,7 +19,9 @@ use std::fmt;
 use std::time::{Duration, Instant, SystemTime};
 
 use agentkernel_image::registry::Transfer;
-use agentkernel_image::{Descriptor, Digest, FileSystem, LayerReader, LayerWriter, Platform, Store, Writing};
+use agentkernel_image::{
+    Descriptor, Digest, FileSystem, LayerReader, LayerWriter, Platform, Store, Writing, signal_number,
+};
 
 use crate::cache::{Cache, Key, Record};
 use crate::configuration::{Configuration, Empty, Healthcheck, History, Process};
@@ -46,6 +48,9 @@ const PREDEFINED: [&str; 10] = [
     "ALL_PROXY",
     "all_proxy",
 ];
+/// What to do about a stage that is wanted before it is built.
+const ORDER: &str =
+    "stages are built in their order, and none can need itself: put that stage before this one";
 /// Time that layers bear where `SOURCE_DATE_EPOCH` says another.
 const EPOCH: &str = "SOURCE_DATE_EPOCH";
 
@@ -160,6 +165,11 @@ pub fn build<E: Executor>(
     executor: &mut E,
     on_event: OnEvent<'_>,
 ) -> Result<Descriptor, BuildError> {
+    if let Some(text) = options.arguments.get(EPOCH).filter(|text| text.trim().parse::<i64>().is_err()) {
+        let message = format!("SOURCE_DATE_EPOCH is `{text}`, which is no number of seconds");
+        let hint = Some("such as the time of the last commit: git log -1 --format=%ct".to_owned());
+        return Err(BuildError::Failure(Failure { message, hint }));
+    }
     let mut solver = Solver {
         file,
         context,
@@ -405,7 +415,8 @@ impl<E: Executor> Solver<'_, E> {
                         && word.text.parse::<usize>().is_err()
                     {
                         let message = format!("the stage `{}` is not built before this one", word.text);
-                        return Err(self.file.error(word.place, message, None).into());
+                        let hint = Some(ORDER.to_owned());
+                        return Err(self.file.error(word.place, message, hint).into());
                     }
                     pending.extend(self.stage_called(&word.text, index));
                 }
@@ -433,7 +444,7 @@ impl<E: Executor> Solver<'_, E> {
     }
 
     fn unexpanded(&self, word: &Word, error: &ExpandError) -> BuildError {
-        self.file.error(word.place, error.to_string(), None).into()
+        self.file.error(word.place, error.to_string(), Some(error.hint())).into()
     }
 
     /// Replaces variables of the stage in a word.
@@ -501,7 +512,17 @@ impl<E: Executor> Solver<'_, E> {
         self.executor
             .image(&name, &mut *self.on_event)
             .map(State::of)
-            .map_err(|failure| self.at(stage.image.place, failure))
+            .map_err(|failure| self.at(stage.image.place, self.ordered(&name, index, failure)))
+    }
+
+    /// A base image that is not to be had, and is called as a later stage than `index`: that may be what was meant.
+    fn ordered(&self, name: &str, index: usize, failure: Failure) -> Failure {
+        if self.stage_named(name, self.file.stages.len()).is_none_or(|other| other <= index) {
+            return failure;
+        }
+        let message =
+            format!("the stage `{name}` is not built before this one, and as an image: {}", failure.message);
+        Failure { message, hint: Some(ORDER.to_owned()) }
     }
 
     /// A failure at a place of the Dockerfile.
@@ -609,7 +630,7 @@ impl<E: Executor> Solver<'_, E> {
             Kind::User(word) => state.process().user = self.expand(state, word)?,
             Kind::StopSignal(word) => {
                 let signal = self.expand(state, word)?;
-                if !names::is_signal(&signal) {
+                if signal_number(&signal).is_none() {
                     return self.refuse(
                         word.place,
                         format!("`{signal}` is no signal"),

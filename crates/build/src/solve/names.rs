@@ -30,22 +30,6 @@ pub(super) fn ports(text: &str) -> Result<Vec<String>, Failure> {
     Ok((first..=last).map(|port| format!("{port}/{protocol}")).collect())
 }
 
-/// Whether a word names a signal, by number or by name.
-pub(super) fn is_signal(text: &str) -> bool {
-    const NAMES: [&str; 31] = [
-        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE",
-        "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ",
-        "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
-    ];
-    let upper = text.to_ascii_uppercase();
-    let name = upper.strip_prefix("SIG").unwrap_or(&upper);
-    let real_time = name.strip_prefix("RTMIN").or_else(|| name.strip_prefix("RTMAX"));
-    let real_time = real_time.is_some_and(|rest| {
-        rest.is_empty() || rest.strip_prefix(['+', '-']).is_some_and(|rest| rest.parse::<u8>().is_ok())
-    });
-    text.parse::<u8>().is_ok_and(|number| (1..=64).contains(&number)) || NAMES.contains(&name) || real_time
-}
-
 /// `USER[:GROUP]`, each a name or a number, looked up in the image's own files.
 pub(super) fn owner(text: &str, files: &FileSystem) -> Result<(u32, u32), Failure> {
     let (user, group) = match text.split_once(':') {
@@ -104,21 +88,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ports_and_signals() {
+    fn port_ranges() {
         assert_eq!(ports("80").unwrap(), ["80/tcp"]);
         assert_eq!(ports("8000-8002/UDP").unwrap(), ["8000/udp", "8001/udp", "8002/udp"]);
         for bad in ["", "x", "80/x", "70000", "9-8", "1-65535"] {
             assert!(ports(bad).is_err(), "{bad}");
-        }
-        for (text, expected) in [
-            ("SIGTERM", true),
-            ("term", true),
-            ("9", true),
-            ("SIGRTMIN+3", true),
-            ("65", false),
-            ("SIGFOO", false),
-        ] {
-            assert_eq!(is_signal(text), expected, "{text}");
         }
     }
 }

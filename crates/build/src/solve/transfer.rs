@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 
-use agentkernel_image::{FileSystem, LayerReader, decompressed};
+use agentkernel_image::{FileSystem, decompressed};
 
 use super::names::owner;
 use super::remote::{Pinned, Remote};
@@ -16,6 +16,8 @@ use crate::source::{self, Selection, Tree};
 
 /// Most bytes that an archive of ADD may unpack to.
 const ARCHIVE_LIMIT: u64 = 64 << 30;
+/// Bytes of the header of a tar's entry.
+const HEADER: usize = 512;
 
 impl<E: Executor> Solver<'_, E> {
     /// COPY and ADD; true if it was done before.
@@ -89,10 +91,10 @@ impl<E: Executor> Solver<'_, E> {
                     let mut text = heredoc.text();
                     if heredoc.expand {
                         let mut lookup = |name: &str| state.variable(name);
-                        text = self
-                            .lexer()
-                            .document(&text, &mut lookup)
-                            .map_err(|error| self.at(heredoc.place, Failure::new(error.to_string())))?;
+                        text = self.lexer().document(&text, &mut lookup).map_err(|error| {
+                            let hint = Some(error.hint());
+                            self.at(heredoc.place, Failure { message: error.to_string(), hint })
+                        })?;
                     }
                     selections.push(source::document(&heredoc.name, text));
                 }
@@ -250,12 +252,15 @@ impl<E: Executor> Solver<'_, E> {
         let at = |failure: Failure| self.at(place, failure);
         let broken = |error: std::io::Error| Failure::new(format!("cannot read the archive: {error}"));
         let mut head = Vec::new();
-        tree.open(item).map_err(at)?.take(512).read_to_end(&mut head).map_err(|error| at(broken(error)))?;
+        tree.open(item)
+            .map_err(at)?
+            .take(HEADER as u64)
+            .read_to_end(&mut head)
+            .map_err(|error| at(broken(error)))?;
         let (is_xz, is_bzip2) = (head.starts_with(b"\xfd7zXZ\0"), head.starts_with(b"BZh"));
         let is_compressed =
             is_xz || is_bzip2 || head.starts_with(b"\x1f\x8b") || head.starts_with(b"\x28\xb5\x2f\xfd");
-        let is_tar = head.get(257..262) == Some(b"ustar");
-        if !is_compressed && !is_tar {
+        if !is_compressed && !is_header(&head) {
             return Ok(None);
         }
         let scratch = || self.writing.scratch().map_err(|error| at(Failure::new(error.to_string())));
@@ -331,12 +336,25 @@ pub(super) enum Origin {
 }
 
 fn begins_like_a_tar(file: &File) -> bool {
-    let mut head = [0; 512];
-    let whole = std::os::unix::fs::FileExt::read_exact_at(file, &mut head, 0).is_ok();
-    let Ok(clone) = file.try_clone() else { return false };
-    whole
-        && head.iter().any(|byte| *byte != 0)
-        && matches!(LayerReader::archive(clone).next_item(), Ok(Some(_)))
+    let mut head = [0; HEADER];
+    std::os::unix::fs::FileExt::read_exact_at(file, &mut head, 0).is_ok() && is_header(&head)
+}
+
+/// Whether this is the header of a tar's entry, by its own checksum: what the entry says is another question, for an archive
+/// with a first entry that is refused must not pass for a file that is none.
+fn is_header(head: &[u8]) -> bool {
+    const CHECKSUM: std::ops::Range<usize> = 148..156;
+    let Some(field) = head.get(CHECKSUM).filter(|_| head.len() == HEADER) else { return false };
+    let digits = String::from_utf8_lossy(field);
+    let digits = digits.trim_matches(|character: char| character == ' ' || character == '\0');
+    let sum = |value: &dyn Fn(u8) -> i64| -> i64 {
+        let bytes = head.iter().enumerate();
+        bytes.map(|(index, byte)| value(if CHECKSUM.contains(&index) { b' ' } else { *byte })).sum()
+    };
+    // Old programs took bytes for signed.
+    i64::from_str_radix(digits, 8).is_ok_and(|told| {
+        told == sum(&|byte| i64::from(byte)) || told == sum(&|byte| i64::from(byte.cast_signed()))
+    })
 }
 
 /// A path without `.`, `..` and doubled slashes.

@@ -16,6 +16,8 @@ use crate::{environment, ui};
 
 /// Largest secret, bytes.
 const SECRET_LIMIT: u64 = 500 << 10;
+/// Seconds since 1970 that everything built bears: reproducible-builds.org.
+const EPOCH: &str = "SOURCE_DATE_EPOCH";
 /// Most bytes of a step's output that are kept to be shown if it fails.
 const KEPT: usize = 64 << 10;
 
@@ -211,11 +213,21 @@ impl View {
     }
 }
 
+fn nameless<T>(text: &str) -> Result<T, Problem> {
+    let hint = Some("--build-arg NAME=VALUE, or NAME for the value of that variable");
+    Err(plain("build-arg", format!("the build argument `{text}` has no name"), hint))
+}
+
 fn build_arguments(given: &[String]) -> Result<BTreeMap<String, String>, Problem> {
     let mut arguments = BTreeMap::new();
+    // What makes builds reproducible is said by this variable everywhere.
+    if let Ok(seconds) = std::env::var(EPOCH) {
+        arguments.insert(EPOCH.to_owned(), seconds);
+    }
     for text in given {
         match text.split_once('=') {
-            Some(("", _)) => return Err(plain("build-arg", format!("{text} has no name"), None)),
+            Some(("", _)) => return nameless(text),
+            None if text.is_empty() => return nameless(text),
             Some((name, value)) => drop(arguments.insert(name.to_owned(), value.to_owned())),
             // As for Docker: a variable that is not set gives nothing.
             None => {

@@ -106,6 +106,7 @@ pub(super) fn ensure(home: &Home, reference: &str, quiet: bool) -> Result<(), Pr
     if images.is_here(reference) {
         return Ok(());
     }
+    images.check(reference)?;
     if !quiet {
         ui::note(&format!("image {} is not here: pulling it", ui::line(reference)));
     }
@@ -209,7 +210,11 @@ fn list(images: &Images, json: bool, quiet: bool) -> Result<u8, Problem> {
             format!("image {} cannot be used: {}", image.name, image.problem.as_deref().unwrap_or(""));
         ui::error(&plain("image", message, Some("load, pull or build it again, or remove it")));
     }
-    Ok(u8::from(!damaged.is_empty()))
+    let records = images.damaged_records()?;
+    for problem in &records {
+        ui::error(problem);
+    }
+    Ok(u8::from(!damaged.is_empty() || !records.is_empty()))
 }
 
 fn short_id(image: &ImageInfo) -> String {

@@ -36,6 +36,27 @@ pub(super) fn settle(
     command: &[OsString],
     quiet: bool,
 ) -> Result<Launch, Problem> {
+    let request = request(home, arguments, command, quiet)?;
+    home.sweep();
+    let mut status = ui::Status::new(!quiet);
+    if let Some(reference) = request.image.as_deref().filter(|reference| *reference != "host") {
+        images::ensure(home, reference, quiet)?;
+    }
+    let launch = launch::settle(home, request, &mut |text| status.say(text))?;
+    status.clear();
+    if !quiet {
+        ui::note(&launch.description);
+    }
+    Ok(launch)
+}
+
+/// What `arguments` and the project's configuration ask for.
+pub(super) fn request(
+    home: &Home,
+    arguments: &SandboxArguments,
+    command: &[OsString],
+    quiet: bool,
+) -> Result<Request, Problem> {
     let user = environment::user()?;
     let current = environment::current_directory()?;
     let (configuration, directory) = configuration(arguments.config.as_deref(), &current, &user.home)?;
@@ -90,7 +111,7 @@ pub(super) fn settle(
         Some(_) => None,
         None => suitable_image(home, command, workspace.as_ref().map(|workspace| workspace.root.as_path())),
     };
-    let request = Request {
+    Ok(Request {
         name: arguments.name.clone().or(configuration.name),
         image_is_suggestion: suitable.is_some(),
         image: asked.or(suitable.map(str::to_owned)),
@@ -116,18 +137,7 @@ pub(super) fn settle(
         labels: arguments.label.iter().cloned().collect(),
         user,
         path_variable: std::env::var_os("PATH").unwrap_or_else(|| OsString::from("/usr/bin:/bin")),
-    };
-    home.sweep();
-    let mut status = ui::Status::new(!quiet);
-    if let Some(reference) = request.image.as_deref().filter(|reference| *reference != "host") {
-        images::ensure(home, reference, quiet)?;
-    }
-    let launch = launch::settle(home, request, &mut |text| status.say(text))?;
-    status.clear();
-    if !quiet {
-        ui::note(&launch.description);
-    }
-    Ok(launch)
+    })
 }
 
 /// What the table of languages has for a command or a project: if that is in the store, or if this machine lacks the

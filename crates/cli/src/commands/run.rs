@@ -46,7 +46,8 @@ pub(super) fn run(arguments: &RunArguments) -> Result<u8, Problem> {
             Some(hint),
         ));
     }
-    let exec = exec_of(&launch.spec.defaults, &words, Vec::new(), &arguments.how);
+    let mut exec = exec_of(&launch.spec.defaults, &words, Vec::new(), &arguments.how);
+    exec.stop_signal = defaults.stop_signal;
     let code = block_on(in_sandbox(arguments, &home, &launch, exec))?;
     // What was still dying when this command began, is dead by now.
     home.sweep();

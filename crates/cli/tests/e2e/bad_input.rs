@@ -214,7 +214,7 @@ fn a_full_disk_is_an_error_and_leaves_nothing() {
         .unwrap();
     assert!(status.success());
     let outcome = std::panic::catch_unwind(|| {
-        crate::host::copy_tree(crate::host::prepared_cache(), &small.join("cache"));
+        crate::host::copy_tree(&crate::host::prepared_cache(), &small.join("cache"));
         // No room for a sandbox.
         let filler = small.join("filler");
         let file = fs::File::create(&filler).unwrap();

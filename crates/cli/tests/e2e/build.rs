@@ -1,7 +1,6 @@
 //! `agentkernel build`: Dockerfiles become images that run, in real machines.
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 
 use rustix::process::Signal;
@@ -147,10 +146,26 @@ fn a_dockerfile_becomes_an_image_that_runs() {
     let inspected: serde_json::Value = serde_json::from_str(inspected.expect(0)).unwrap();
     assert_eq!(inspected["image_id"], record["image_id"]);
 
+    // Built anew at the same time, every byte is the same, those of steps that ran in a machine as well.
+    host.write(
+        "same",
+        "FROM base\nRUN mkdir -p /d/e && echo x > /d/f && ln /d/f /d/g\nRUN rm -r /d/e && touch /d/new\n",
+    );
+    let layers = || -> serde_json::Value {
+        let mut command = host.command(&["build", "-t", "same", "-f", "same", "--no-cache", "."]);
+        command.env("SOURCE_DATE_EPOCH", "86400");
+        finish(command, b"").expect(0);
+        let inspected = host.agentkernel(&["images", "inspect", "same", "--json"]);
+        let mut inspected: serde_json::Value = serde_json::from_str(inspected.expect(0)).unwrap();
+        assert_eq!(inspected["created"], "1970-01-02T00:00:00Z");
+        serde_json::json!([inspected["digest"].take(), inspected["layers"].take()])
+    };
+    assert_eq!(layers(), layers());
+
     // As any other image, under its name.
     host.write("child.Dockerfile", "FROM my-tools\nLABEL child=yes\n");
     host.agentkernel(&["build", "-t", "child", "-f", "child.Dockerfile", "."]).expect(0);
-    host.agentkernel(&["images", "rm", "child", "my-tools", "base"]).expect(0);
+    host.agentkernel(&["images", "rm", "child", "same", "my-tools", "base"]).expect(0);
     assert!(!host.state().join("image-metadata/child.json").exists());
     // What steps made stays for the next build, until it is pruned.
     assert!(fs::read_dir(host.state().join("images/blobs/sha256")).unwrap().count() > 0);
@@ -204,11 +219,21 @@ fn a_build_that_fails_leaves_the_former_image_and_nothing_else() {
         let (code, _, stderr) = build.end();
         assert_eq!(code, 0, "{stderr}");
     }
-    id(&host);
+    // The record and the name tell of the same one.
+    let record = |name: &str| host.state().join("image-metadata").join(format!("{name}.json"));
+    let recorded: serde_json::Value = serde_json::from_slice(&fs::read(record("tools")).unwrap()).unwrap();
+    assert_eq!(recorded["image_id"], id(&host));
 
+    const CHARACTERS: &str =
+        "Image name can only contain alphanumeric characters, hyphens, underscores, and dots\nhint: ";
     for (arguments, expected) in [
-        (&["build", "-t", "", "."][..], "Image name cannot be empty"),
-        (&["build", "-t", "a:b", "."], "Image name can only contain alphanumeric characters"),
+        (&["build", "-t", "", "."][..], "Image name cannot be empty\nhint: "),
+        (&["build", "-t", "a:b", "."], CHARACTERS),
+        (&["build", "-t", "a/../b", "."], CHARACTERS),
+        (&["build", "-t", "ünï", "."], CHARACTERS),
+        (&["build", "-t", "-x", "."], "Image name has separators where there must be none\nhint: "),
+        (&["build", "-t", "Tools", "."], "Image name has upper-case letters\nhint: -t tools"),
+        (&["create", "x", "--image", "-x"], "it begins with `-`\nhint: "),
         (&["build", "-t", "x", "nowhere"], "Build context 'nowhere' does not exist"),
         (&["build", "-t", "x", "-f", "none", "."], "Dockerfile 'none' does not exist"),
         (&["build", "-t", "x", "empty"], "No Dockerfile found in 'empty'. Specify one with --dockerfile"),
@@ -219,11 +244,64 @@ fn a_build_that_fails_leaves_the_former_image_and_nothing_else() {
         said.expect(1);
         assert!(said.stderr.contains(expected), "{}", said.stderr);
     }
-    fs::write(host.state().join("image-metadata/broken.json"), "{").unwrap();
-    let said = host.agentkernel(&["build", "-t", "tools", "."]);
-    said.expect(1);
-    assert!(said.stderr.contains("broken.json") && said.stderr.contains("hint:"), "{}", said.stderr);
-    assert!(Path::new(&host.state().join("image-metadata/tools.json")).exists());
+    // A record that cannot be read, and one of another image, are told by all that read them, until they are taken away.
+    fs::write(record("broken"), "{").unwrap();
+    fs::copy(record("tools"), record("other")).unwrap();
+    for arguments in [&["build", "-t", "tools", "."][..], &["images", "list"], &["images", "sync"]] {
+        let said = host.agentkernel(arguments);
+        said.expect(1);
+        assert!(said.stderr.contains("broken.json is damaged"), "{arguments:?}: {}", said.stderr);
+        assert!(said.stderr.contains("hint: agentkernel images rm broken"), "{arguments:?}: {}", said.stderr);
+    }
+    host.agentkernel(&["images", "rm", "broken", "other"]).expect(0);
+    host.agentkernel(&["images", "list"]).expect(0);
+    assert!(record("tools").exists());
+    // One whose image is gone is forgotten.
+    fs::write(
+        record("gone"),
+        fs::read_to_string(record("tools")).unwrap().replace("\"name\": \"tools\"", "\"name\": \"gone\""),
+    )
+    .unwrap();
+    assert_eq!(host.agentkernel(&["images", "sync"]).expect(0), "gone\n");
+    assert!(!record("gone").exists() && record("tools").exists());
+}
+
+/// A program that has a signal of its own is asked to end with that alone; what it started is its own affair.
+#[test]
+fn an_image_says_how_its_program_is_asked_to_end() {
+    let host = Host::new();
+    base(&host);
+    let wait = "while :; do sleep 1; done";
+    host.write(
+        "program",
+        format!(
+            "#!/bin/sh\ntrap 'echo asked > /asked; exit' USR1\ntrap 'echo TERM > /asked; exit' TERM\n\
+             sh -c \"trap 'touch /child' TERM; {wait}\" &\necho ready\n{wait}\n"
+        ),
+    );
+    set_mode(&host.project().join("program"), 0o755);
+    host.write("Dockerfile", "FROM base\nCOPY program /\nSTOPSIGNAL SIGUSR1\nENTRYPOINT [\"/program\"]\n");
+    host.agentkernel(&["build", "-t", "worker", "."]).expect(0);
+    let mut run =
+        Running::start(host.command(&["run", "-k", "-n", "dev", "--workspace", "none", "--image", "worker"]));
+    assert_eq!(run.line(), "ready\n");
+    let other = format!("trap 'touch /other; exit' TERM; touch /begun; {wait}");
+    host.agentkernel(&["exec", "-d", "dev", "--", "sh", "-c", &other]).expect(0);
+    let looked = ["exec", "dev", "--", "sh", "-c", "until ls /begun; do sleep 1; done"];
+    host.agentkernel(&looked).expect(0);
+    host.agentkernel(&["stop", "dev"]).expect(0);
+    run.end();
+    host.agentkernel(&["start", "dev"]).expect(0);
+    let said = host.agentkernel(&[
+        "exec",
+        "dev",
+        "--",
+        "sh",
+        "-c",
+        "cat /asked; ls /other; ls /child 2>/dev/null; true",
+    ]);
+    assert_eq!(said.expect(0), "asked\n/other\n");
+    host.agentkernel(&["rm", "--force", "dev"]).expect(0);
 }
 
 /// No machine is needed for any of this.

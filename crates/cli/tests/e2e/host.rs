@@ -26,15 +26,48 @@ fn scratch() -> PathBuf {
         .map_or_else(|| env!("CARGO_TARGET_TMPDIR").into(), PathBuf::from)
 }
 
-/// A cache with kernel and initramfs, prepared once by the program itself and shared by all tests.
-pub(crate) fn prepared_cache() -> &'static Path {
-    static CACHE: OnceLock<PathBuf> = OnceLock::new();
-    CACHE.get_or_init(|| {
-        let home = scratch().join("prepared");
-        let output = Command::new(program()).arg("setup").env("AGENTKERNEL_HOME", &home).output().unwrap();
-        assert!(output.status.success(), "setup failed: {}", String::from_utf8_lossy(&output.stderr));
-        home.join("cache")
+/// `PATH` of all commands.
+const PATH: &str = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin";
+
+/// A state directory with kernel, initramfs and the template of the `host` image, prepared once by the program itself and
+/// shared by all tests.
+fn prepared() -> &'static Path {
+    static PREPARED: OnceLock<PathBuf> = OnceLock::new();
+    PREPARED.get_or_init(|| {
+        let state = scratch().join("prepared");
+        // The toolchains of a home directory are part of what a template is of; those of tests have none.
+        let home = scratch().join("prepared-home");
+        fs::create_dir_all(&home).unwrap();
+        for arguments in [&["setup", "--warm", "host"][..], &["gc"]] {
+            let mut command = Command::new(program());
+            command.args(arguments).env("AGENTKERNEL_HOME", &state).env("HOME", &home).env("PATH", PATH);
+            let output = command.current_dir(&home).output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{arguments:?} failed: {said}");
+        }
+        state
     })
+}
+
+/// A cache with kernel and initramfs.
+pub(crate) fn prepared_cache() -> PathBuf {
+    prepared().join("cache")
+}
+
+/// Links the files of the prepared templates into a state directory: they are the same files, as a template's must be.
+fn link_templates(state: &Path) {
+    let templates = state.join("templates");
+    fs::create_dir_all(&templates).unwrap();
+    for template in fs::read_dir(prepared().join("templates")).unwrap().flatten() {
+        if !template.file_type().unwrap().is_dir() {
+            continue;
+        }
+        let target = templates.join(template.file_name());
+        fs::create_dir(&target).unwrap();
+        for file in fs::read_dir(template.path()).unwrap().flatten() {
+            fs::hard_link(file.path(), target.join(file.file_name())).unwrap();
+        }
+    }
 }
 
 /// One test's world.
@@ -77,12 +110,19 @@ impl Said {
 }
 
 impl Host {
-    /// A world whose kernel is ready.
+    /// A world whose kernel and template are ready.
     pub(crate) fn new() -> Self {
+        let host = Self::without_templates();
+        link_templates(&host.state());
+        host
+    }
+
+    /// A world whose kernel is ready.
+    pub(crate) fn without_templates() -> Self {
         let host = Self::bare();
         fs::create_dir_all(host.state()).unwrap();
         set_mode(&host.state(), 0o700);
-        copy_tree(prepared_cache(), &host.state().join("cache"));
+        copy_tree(&prepared_cache(), &host.state().join("cache"));
         host
     }
 
@@ -136,7 +176,7 @@ impl Host {
             .current_dir(self.project())
             .env("AGENTKERNEL_HOME", self.state())
             .env("HOME", self.home())
-            .env("PATH", "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin")
+            .env("PATH", PATH)
             .env_remove("NO_COLOR")
             .stdin(Stdio::null());
         command
@@ -364,16 +404,22 @@ pub(crate) fn set_mode(path: &Path, mode: u32) {
 }
 
 fn count_drafts(state: &Path) -> usize {
-    let Ok(entries) = fs::read_dir(state) else { return 0 };
-    entries.flatten().filter(|entry| entry.file_name().to_string_lossy().contains("new-")).count()
+    let count = |directory: PathBuf| {
+        let Ok(entries) = fs::read_dir(directory) else { return 0 };
+        entries.flatten().filter(|entry| entry.file_name().to_string_lossy().contains("new-")).count()
+    };
+    count(state.to_owned()) + count(state.join("templates")) + count(state.join("snapshots"))
 }
 
-/// Copies a tree of files.
+/// Copies a tree of files, but for empty disks: they are large and sparse, and made again.
 pub(crate) fn copy_tree(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     set_mode(to, 0o700);
     for entry in fs::read_dir(from).unwrap().flatten() {
         let target = to.join(entry.file_name());
+        if entry.file_name().to_string_lossy().starts_with("ext4-") {
+            continue;
+        }
         if entry.file_type().unwrap().is_dir() {
             copy_tree(&entry.path(), &target);
         } else {

@@ -204,7 +204,7 @@ fn a_state_directory_with_a_path_longer_than_a_sockets() {
     let host = Host::new();
     let deep = host.path().join("d".repeat(90)).join("e".repeat(90)).join("state");
     fs::create_dir_all(&deep).unwrap();
-    copy_tree(prepared_cache(), &deep.join("cache"));
+    copy_tree(&prepared_cache(), &deep.join("cache"));
     let run = |arguments: &[&str]| {
         let mut command = host.command(arguments);
         command.env("AGENTKERNEL_HOME", &deep);

@@ -55,6 +55,7 @@ pub(crate) async fn serve(
     mut stream: Stream,
 ) -> Result<(), FrameError> {
     let timeout = wish.timeout_ms.map(Duration::from_millis);
+    let stop_signal = wish.stop_signal;
     let killed_before = oom_kills(&layout);
     let started = {
         let layout = layout.clone();
@@ -65,6 +66,8 @@ pub(crate) async fn serve(
         Ok(Err(Failure { kind, message })) => return fail(&mut stream, kind, message).await,
         Err(error) => return fail(&mut stream, ExecFailure::Other, error.to_string()).await,
     };
+    // Without a descriptor to spare it is asked as all others are.
+    let _asked = stop_signal.and_then(|signal| cgroup.ask_with(spawned.pid.cast_signed(), signal).ok());
     let (reader, writer) = tokio::io::split(stream);
     let mut program = Program { writer, cgroup: Rc::new(cgroup), root, layout, killed_before, session };
     program.run(spawned, reader, timeout).await
@@ -73,6 +76,23 @@ pub(crate) async fn serve(
 async fn fail(stream: &mut Stream, kind: ExecFailure, message: String) -> Result<(), FrameError> {
     frame::write(stream, &ExecOutput::Failed { kind, message }).await?;
     Ok(stream.shutdown().await?)
+}
+
+/// Runs a program that does nothing, in a machine that was just restored, on another processor than the one that gets it
+/// ready: an emulator translates what it runs for the first time, and so what the first program needs is translated by
+/// the time it comes.
+pub(crate) fn rehearse(reaper: &Reaper, layout: &Layout) {
+    let wish = Exec {
+        arguments: vec![serde_bytes::ByteBuf::from("/bin/true")],
+        environment: Vec::new(),
+        directory: serde_bytes::ByteBuf::from("/"),
+        user: String::new(),
+        terminal: None,
+        timeout_ms: None,
+        root: None,
+        stop_signal: None,
+    };
+    let _ = start(reaper, layout, &wish);
 }
 
 /// Everything that may touch a path, on a thread that may wait.

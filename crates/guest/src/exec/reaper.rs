@@ -13,7 +13,16 @@ use crate::system;
 /// Programs whose end is awaited, by process id.
 #[derive(Default)]
 pub(crate) struct Reaper {
-    waiting: Mutex<HashMap<i32, oneshot::Sender<i32>>>,
+    table: Mutex<Table>,
+}
+
+#[derive(Default)]
+struct Table {
+    waiting: HashMap<i32, oneshot::Sender<i32>>,
+    /// How many are being started now.
+    starting: usize,
+    /// Those that ended while some were being started: one of them may be among these.
+    early: HashMap<i32, i32>,
 }
 
 impl Reaper {
@@ -40,27 +49,38 @@ impl Reaper {
     }
 
     fn ended(&self, pid: i32, status: i32) {
-        if let Some(waiter) = self.lock().remove(&pid) {
+        let mut table = self.lock();
+        if let Some(waiter) = table.waiting.remove(&pid) {
             let _ = waiter.send(status);
+        } else if table.starting > 0 {
+            table.early.insert(pid, status);
         }
     }
 
-    /// Starts a process with `fork` and returns its id and where its status will come.
-    ///
-    /// INVARIANT: the table is locked from before the process exists until it is entered, so that even one which ends
-    /// at once finds its entry.
+    /// Starts a process with `fork` and returns its id and where its status will come. The table is not locked meanwhile:
+    /// whoever collects may have to serve the new process first.
     pub(super) fn register(
         &self,
         fork: impl FnOnce() -> Result<i32, Error>,
     ) -> Result<(i32, oneshot::Receiver<i32>), Error> {
-        let mut waiting = self.lock();
-        let pid = fork()?;
+        self.lock().starting += 1;
+        let forked = fork();
+        let mut table = self.lock();
+        table.starting -= 1;
         let (sender, receiver) = oneshot::channel();
-        waiting.insert(pid, sender);
-        Ok((pid, receiver))
+        if let Ok(pid) = forked {
+            match table.early.remove(&pid) {
+                Some(status) => drop(sender.send(status)),
+                None => drop(table.waiting.insert(pid, sender)),
+            }
+        }
+        if table.starting == 0 {
+            table.early.clear();
+        }
+        forked.map(|pid| (pid, receiver))
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<i32, oneshot::Sender<i32>>> {
-        self.waiting.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }

@@ -1,4 +1,9 @@
-//! Starts one process: everything is prepared before the fork, and the child makes plain system calls only.
+//! Starts one process: everything is prepared before, and the child makes plain system calls only.
+//!
+//! The child shares this process's memory until its exec, on a stack of its own, while the thread that started it waits:
+//! nothing is copied that the exec would throw away. INVARIANT: the child neither allocates nor takes locks, and has no
+//! signal handlers; the waiting thread holds no lock that the runtime's thread could want, for that thread may have to
+//! answer the child's look-ups.
 //!
 //! The child reports the step that failed through a pipe that the exec closes, so the parent knows at once and exactly.
 #![allow(unsafe_code)]
@@ -25,8 +30,12 @@ use crate::user::{self, User};
 static OPEN_FILES: libc::rlimit64 = libc::rlimit64 { rlim_cur: 1024, rlim_max: 1 << 20 };
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// `CLONE_CLEAR_SIGHAND` of `linux/sched.h`.
+const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
 /// `CLONE_INTO_CGROUP` of `linux/sched.h`.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+/// Bytes of the child's stack, of which it needs a few hundred.
+const STACK: usize = 64 << 10;
 
 /// `struct clone_args` of `linux/sched.h`, version 2.
 #[repr(C, align(8))]
@@ -246,18 +255,26 @@ impl Plan {
                 words
             })
             .collect();
+        let mut stack: Vec<u128> = Vec::with_capacity(STACK / size_of::<u128>());
+        let flags = CLONE_INTO_CGROUP
+            | CLONE_CLEAR_SIGHAND
+            | (libc::CLONE_VM | libc::CLONE_VFORK).cast_unsigned() as u64;
         let arguments = CloneArguments {
-            flags: CLONE_INTO_CGROUP,
+            flags,
             exit_signal: libc::SIGCHLD as u64,
+            stack: stack.as_mut_ptr() as u64,
+            stack_size: STACK as u64,
+            // Into the cgroup at once: to move there afterwards would wait for every processor of the machine.
             cgroup: cgroup.directory().as_raw_fd() as u64,
             ..CloneArguments::default()
         };
-        // A fork into the cgroup: to move there afterwards would wait for every processor of the machine.
-        // SAFETY: `arguments` is as the kernel wants it; the child makes system calls on memory prepared above until it execs or exits; it neither allocates
-        // nor takes locks, so it does not matter what other threads held at the fork.
-        match unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of_val(&arguments)) } {
-            -1 => Err(Error::last_os_error()),
-            0 => self.child(streams, reporter.as_raw_fd(), &shells),
+        let mut birth = Birth { plan: self, streams, reporter: reporter.as_raw_fd(), shells: &shells };
+        // SAFETY: the stack is large enough, aligned, and lives until the child has let go of this memory; so does all that
+        // `birth` refers to, because this thread stands still until then.
+        let pid = unsafe { clone_into(&arguments, born, (&raw mut birth).cast()) };
+        drop(stack);
+        match pid {
+            error @ ..0 => Err(Error::from_raw_os_error(i32::try_from(-error).unwrap_or(libc::EIO))),
             pid => i32::try_from(pid).map_err(Error::other),
         }
     }
@@ -347,6 +364,54 @@ impl Plan {
         }
         worst
     }
+}
+
+/// What the child is given.
+struct Birth<'a> {
+    plan: &'a Plan,
+    streams: &'a ChildStreams,
+    reporter: i32,
+    shells: &'a [Vec<*const libc::c_char>],
+}
+
+/// Where the child begins.
+extern "C" fn born(birth: *mut libc::c_void) -> ! {
+    // SAFETY: what `Plan::fork` points to, while it waits.
+    let birth = unsafe { &*birth.cast::<Birth<'_>>() };
+    birth.plan.child(birth.streams, birth.reporter, birth.shells)
+}
+
+/// `clone3` whose child runs `function` on the stack in `arguments` and never returns; its process id, or a negative errno.
+///
+/// # Safety
+/// The stack must be aligned to 16 bytes and live until the child's exec or end. With `CLONE_VFORK` this returns only then.
+unsafe fn clone_into(
+    arguments: &CloneArguments,
+    function: extern "C" fn(*mut libc::c_void) -> !,
+    argument: *mut libc::c_void,
+) -> i64 {
+    let result: i64;
+    // SAFETY: the child finds the registers as they were and a new stack; it has no frame to return to and does not.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor ebp, ebp",
+            "mov rdi, {argument}",
+            "call {function}",
+            "ud2",
+            "2:",
+            argument = in(reg) argument,
+            function = in(reg) function,
+            inout("rax") libc::SYS_clone3 => result,
+            in("rdi") std::ptr::from_ref(arguments),
+            in("rsi") size_of::<CloneArguments>(),
+            out("rcx") _,
+            out("r11") _,
+        );
+    }
+    result
 }
 
 fn last_errno() -> i32 {

@@ -194,12 +194,20 @@ impl<W: Write> LayerWriter<W> {
     /// Puts an item in. Of a file, exactly its size must follow by [`LayerWriter::data`].
     ///
     /// # Errors
-    /// If the output takes no more, or the file before lacks data.
+    /// If the output takes no more, the file before lacks data, or the name begins with `.wh.`.
     pub fn item(&mut self, item: &LayerItem) -> io::Result<()> {
         let marker = |path: &[u8], prefix: &[u8]| match path.iter().rposition(|byte| *byte == b'/') {
             Some(slash) => [&path[..=slash], prefix, &path[slash + 1..]].concat(),
             None => [prefix, path].concat(),
         };
+        // In a layer it would take away what lower ones hold.
+        if let LayerItem::Node { path, .. } | LayerItem::HardLink { path, .. } = item
+            && path.split(|byte| *byte == b'/').any(|name| name.starts_with(b".wh."))
+        {
+            let shown = String::from_utf8_lossy(path).into_owned();
+            let message = format!("`{shown}` is a name that no image can hold: it begins with `.wh.`");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
         let none = Metadata { mode: 0, ..Metadata::default() };
         match item {
             LayerItem::Node { path, metadata, kind } => {

@@ -17,6 +17,11 @@ use crate::state::{private_file, random_word};
 /// What Docker says when there is no such image, whatever its version.
 const GONE: [&str; 2] = ["no such image", "no such object"];
 
+/// Says which of Docker's builders builds.
+const BUILDKIT: &str = "DOCKER_BUILDKIT";
+/// Most bytes of what Docker said last that are looked through for a known cause.
+const KEPT: usize = 8 << 10;
+
 /// Docker's command line program.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Docker<'a>(pub(super) &'a Path);
@@ -49,8 +54,13 @@ impl Docker<'_> {
         options: &Options,
         on_event: OnEvent<'_>,
     ) -> Result<(), Problem> {
+        // Whole paths, for Docker takes `-` for its standard input and `-x` for a flag.
+        let whole = |path: &Path| std::path::absolute(path).map_err(io(format!("find {}", path.display())));
         let mut command = Command::new(self.0);
-        command.env("DOCKER_BUILDKIT", "1").args(["build", "-t", reference, "-f"]).arg(dockerfile);
+        if std::env::var_os(BUILDKIT).is_none() {
+            command.env(BUILDKIT, "1");
+        }
+        command.args(["build", "-t", reference, "-f"]).arg(whole(dockerfile)?);
         for (key, value) in &options.labels {
             command.arg("--label").arg(format!("{key}={value}"));
         }
@@ -71,7 +81,7 @@ impl Docker<'_> {
             command.arg("--secret").arg(format!("id={id},src={}", secret.0.display()));
             secrets.push(secret);
         }
-        command.arg(context).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.arg(whole(context)?).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().map_err(|error| self.missing(&error))?;
         let (sender, receiver) = mpsc::channel();
         let pump = |stream: Option<Box<dyn Read + Send>>| {
@@ -92,8 +102,11 @@ impl Docker<'_> {
             pump(child.stderr.take().map(|stream| Box::new(stream) as _)),
         ];
         drop(sender);
+        let mut last = Vec::new();
         for bytes in receiver {
             on_event(Event::Output(&bytes));
+            last.extend_from_slice(&bytes);
+            last.drain(..last.len().saturating_sub(KEPT));
         }
         for thread in threads.into_iter().flatten() {
             let _ = thread.join();
@@ -102,7 +115,11 @@ impl Docker<'_> {
         if status.success() {
             return Ok(());
         }
-        Err(plain("build-step", format!("docker build failed: {status}"), None))
+        let said = String::from_utf8_lossy(&last);
+        let hint = said.contains("buildx component is missing").then_some(
+            "install Docker's buildx (Debian: docker-buildx), or set DOCKER_BUILDKIT=0 for Docker's older builder",
+        );
+        Err(plain("build-step", format!("docker build failed: {status}"), hint))
     }
 
     /// Brings an image of Docker's into the store, under the same name: its record and its bytes, uncompressed.

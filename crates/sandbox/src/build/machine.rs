@@ -168,6 +168,7 @@ fn exec(step: &Step) -> Exec {
         user: step.user.clone(),
         terminal: None,
         timeout_ms: None,
+        stop_signal: None,
         root: Some(LayeredRoot {
             lower: step.lower.clone(),
             upper: step.upper,

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! HOME/image-metadata/NAME.json    what was built: a LocalImage
+//! HOME/image-metadata/lock         held while a name and its record change
 //! HOME/images                      the store, where it is called agentkernel-NAME
 //! HOME/build-cache                 what steps made
 //! ```
@@ -10,8 +11,9 @@ mod addresses;
 mod docker;
 mod fetch;
 mod machine;
+mod records;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -23,24 +25,23 @@ use agentkernel_build::ignore::IgnoreFile;
 use agentkernel_build::{BuildError, Context};
 pub use agentkernel_build::{Event, OnEvent, Options};
 use agentkernel_image::registry::{self, RegistryOptions};
-use agentkernel_image::{Descriptor, Digest, Reference, RootFileSystem, StoreError, StoredImage};
+use agentkernel_image::{Descriptor, Digest, Reference, RootFileSystem, StoreError, StoredImage, Writing};
 use agentkernel_network::Policy;
 pub use agentkernel_network::{InvalidRule, Mode as NetworkMode, Rule as NetworkRule};
-use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 
 use crate::client::{self, Life, Warmth};
-use crate::images::{Images, format_size, store_problem};
+use crate::images::{Images, store_problem};
 use crate::launch;
 use crate::problem::{Problem, io, plain, problem};
-use crate::state::{Home, random_word, write_atomically};
+use crate::state::{Home, random_word};
 
 use docker::Docker;
 pub use fetch::Egress;
 use machine::{BuildMachine, failure};
+pub use records::LocalImage;
+pub(crate) use records::{alone, damaged_records, forget, forget_record, remove_from_docker};
 
-/// Name of the directory of records.
-const RECORDS: &str = "image-metadata";
 /// Name of the directory of what steps made.
 const STEPS: &str = "build-cache";
 /// Longest name.
@@ -52,43 +53,6 @@ const NAME_LABEL: &str = "agentkernel.name";
 /// Says that Docker built the image.
 const ENGINE_LABEL: &str = "agentkernel.engine";
 const DOCKER: &str = "docker";
-
-/// An image that was built here.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LocalImage {
-    /// Its name.
-    pub name: String,
-    /// Digest of its configuration, `sha256:...`.
-    pub image_id: String,
-    /// Bytes of its layers, uncompressed.
-    pub size_bytes: u64,
-    /// When, RFC 3339.
-    pub built_at: String,
-    /// The Dockerfile.
-    pub dockerfile: Option<String>,
-    /// The build context.
-    pub context: Option<String>,
-    /// Labels of the image.
-    #[serde(default)]
-    pub labels: HashMap<String, String>,
-}
-
-impl LocalImage {
-    /// Its size for people: base 1024, one decimal above bytes.
-    pub fn format_size(&self) -> String {
-        format_size(self.size_bytes)
-    }
-
-    /// Whether Docker built it.
-    fn is_dockers(&self) -> bool {
-        self.labels.get(ENGINE_LABEL).is_some_and(|engine| engine == DOCKER)
-    }
-
-    /// What it is called in the store, and in Docker once it is loaded there.
-    pub fn docker_ref(&self) -> String {
-        reference_of(&self.name)
-    }
-}
 
 /// What builds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -169,24 +133,9 @@ impl ImageBuilder {
     /// # Errors
     /// If the records cannot be read. One that is damaged is an error, too: its image would seem to be gone.
     pub fn open(home: &Home, program: &Path) -> Result<Self, Problem> {
-        let mut records = BTreeMap::new();
-        let directory = home.path().join(RECORDS);
-        let entries = match std::fs::read_dir(&directory) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-            entries => Some(entries.map_err(io(format!("read {}", directory.display())))?),
-        };
-        for entry in entries.into_iter().flatten() {
-            let path = entry.map_err(io(format!("read {}", directory.display())))?.path();
-            if path.extension().is_none_or(|ending| ending != "json") {
-                continue;
-            }
-            let text = std::fs::read(&path).map_err(io(format!("read {}", path.display())))?;
-            let record: LocalImage = serde_json::from_slice(&text).map_err(|error| {
-                let message = format!("the record {} is damaged: {error}", path.display());
-                plain("image-record", message, Some("remove it, and build the image again"))
-            })?;
-            records.insert(record.name.clone(), record);
-        }
+        let records =
+            records::all(home)?.into_iter().map(|record| record.map(|record| (record.name.clone(), record)));
+        let records = records.collect::<Result<_, _>>()?;
         Ok(Self {
             home: home.clone(),
             images: Images::open(home)?,
@@ -236,16 +185,24 @@ impl ImageBuilder {
         let mut options = request.options.clone();
         options.labels.insert(MANAGED_LABEL.into(), "true".into());
         options.labels.insert(NAME_LABEL.into(), request.name.clone());
-        let (image, size_bytes) = match request.engine {
+        let (image, size_bytes, _alone) = match request.engine {
             Engine::Native => {
-                self.build_here(&request.context, &reference, &path, &text, &options, on_event)?
+                let (writing, manifest) =
+                    self.build_here(&request.context, &path, &text, &options, on_event)?;
+                // The name last: who is killed before leaves the former image as it was.
+                let alone = alone(&self.home)?;
+                let image = writing.tag(manifest, &reference).map_err(store_problem)?;
+                let size_bytes = self.uncompressed(&image)?;
+                (image, size_bytes, alone)
             }
             Engine::Docker => {
                 options.labels.insert(ENGINE_LABEL.into(), DOCKER.into());
                 let docker = Docker(Path::new(DOCKER));
                 let name = reference_of(&request.name);
                 docker.build(self.home.path(), &name, &request.context, &path, &options, on_event)?;
-                docker.take(&self.images, &reference)?
+                let alone = alone(&self.home)?;
+                let (image, size_bytes) = docker.take(&self.images, &reference)?;
+                (image, size_bytes, alone)
             }
         };
         let absolute =
@@ -259,21 +216,20 @@ impl ImageBuilder {
             context: Some(absolute(&request.context)),
             labels: image.config.labels.into_iter().collect(),
         };
-        self.keep(&record)?;
+        records::keep(&self.home, &record)?;
         self.records.insert(record.name.clone(), record.clone());
         Ok(record)
     }
 
-    /// Builds with our own engine, and names the image.
+    /// Builds with our own engine: the manifest of an image that has no name yet, and what keeps it until it has one.
     fn build_here(
         &self,
         context: &Path,
-        reference: &Reference,
         path: &Path,
         text: &[u8],
         options: &Options,
         on_event: OnEvent<'_>,
-    ) -> Result<(StoredImage, u64), Problem> {
+    ) -> Result<(Writing, Descriptor), Problem> {
         let shown = path.display().to_string();
         let dockerfile = Dockerfile::parse(text).map_err(|error| Problem {
             code: "dockerfile".into(),
@@ -300,10 +256,7 @@ impl ImageBuilder {
             on_event,
         )
         .map_err(|error| build_problem(error, &shown))?;
-        // The name last: who is killed before leaves the former image as it was.
-        let image = writing.tag(manifest, reference).map_err(store_problem)?;
-        let size_bytes = self.uncompressed(&image)?;
-        Ok((image, size_bytes))
+        Ok((writing, manifest))
     }
 
     /// The image of that name.
@@ -340,7 +293,7 @@ impl ImageBuilder {
 
     /// What an image is called where images are looked up: a name of ours becomes its reference, anything else stays.
     pub fn resolve_image(&self, name: &str) -> String {
-        self.records.get(name).map_or_else(|| name.to_owned(), LocalImage::docker_ref)
+        self.images.resolve(name)
     }
 
     /// Forgets records whose image is gone; their names.
@@ -365,17 +318,8 @@ impl ImageBuilder {
         Ok(gone)
     }
 
-    fn keep(&self, record: &LocalImage) -> Result<(), Problem> {
-        let path = record_path(&self.home, &record.name);
-        let text = serde_json::to_vec_pretty(record)
-            .map_err(|error| plain("image-record", error.to_string(), None))?;
-        let directory = self.home.path().join(RECORDS);
-        std::fs::create_dir_all(&directory).map_err(io(format!("make {}", directory.display())))?;
-        write_atomically(&path, &text).map_err(io(format!("write {}", path.display())))
-    }
-
     fn forget(&mut self, name: &str) -> Result<(), Problem> {
-        let path = record_path(&self.home, name);
+        let path = records::path(&self.home, name);
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(io(format!("remove {}", path.display()))(error));
@@ -405,33 +349,6 @@ pub(crate) fn reference_of(name: &str) -> String {
 /// The name that `build` gave to what the store calls so.
 pub(crate) fn name_of(reference: &str) -> Option<&str> {
     reference.strip_prefix(PREFIX)?.strip_suffix(":latest").filter(|name| check_name(name).is_ok())
-}
-
-/// Where the record of an image lies.
-pub(crate) fn record_path(home: &Home, name: &str) -> PathBuf {
-    home.path().join(RECORDS).join(format!("{name}.json"))
-}
-
-/// Removes an image from Docker as well, if that built it.
-///
-/// # Errors
-/// If Docker does not answer, or does not remove it.
-pub(crate) fn remove_from_docker(home: &Home, full_name: &str) -> Result<(), Problem> {
-    let familiar = full_name.parse::<Reference>().map(|reference| reference.familiar()).unwrap_or_default();
-    let record = name_of(&familiar).and_then(|name| std::fs::read(record_path(home, name)).ok());
-    match record.and_then(|text| serde_json::from_slice::<LocalImage>(&text).ok()) {
-        Some(record) if record.is_dockers() => Docker(Path::new(DOCKER)).remove(&record.docker_ref()),
-        _ => Ok(()),
-    }
-}
-
-/// Forgets the record of an image that lost its name.
-pub(crate) fn forget(home: &Home, full_name: &str) {
-    let familiar = full_name.parse::<Reference>().map(|reference| reference.familiar()).unwrap_or_default();
-    if let Some(name) = name_of(&familiar) {
-        // What stays is told by `sync`.
-        let _ = std::fs::remove_file(record_path(home, name));
-    }
 }
 
 /// Layers that later builds may take from the cache.
@@ -619,42 +536,4 @@ fn ignore_file(context: &Path, dockerfile: &Path) -> Result<IgnoreFile, Problem>
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names() {
-        for good in ["a", "my-tools", "a.b_c-d", "x__y", &"n".repeat(128)] {
-            assert!(check_name(good).is_ok(), "{good}");
-        }
-        for (bad, message) in [
-            ("", "Image name cannot be empty"),
-            ("a/b", "Image name can only contain alphanumeric characters, hyphens, underscores, and dots"),
-            ("ä", "Image name can only contain alphanumeric characters, hyphens, underscores, and dots"),
-            (
-                "name:tag",
-                "Image name can only contain alphanumeric characters, hyphens, underscores, and dots",
-            ),
-            ("a/../b", "Image name can only contain alphanumeric characters, hyphens, underscores, and dots"),
-            ("My", "Image name has upper-case letters"),
-            ("-x", "Image name has separators where there must be none"),
-            ("x-", "Image name has separators where there must be none"),
-            ("a..b", "Image name has separators where there must be none"),
-            (&"n".repeat(129), "Image name is longer than 128 characters"),
-        ] {
-            let problem = check_name(bad).unwrap_err();
-            assert_eq!(problem.message, message, "{bad}");
-            assert!(problem.hint.is_some());
-        }
-        assert_eq!(check_name("Tools:1").unwrap_err().hint.unwrap(), "a built image has no tags: -t tools");
-    }
-
-    #[test]
-    fn records_read_and_print_as_they_are_known() {
-        let text = r#"{"name":"t","image_id":"sha256:00","size_bytes":104857600,"built_at":"2026-01-01T00:00:00Z",
-            "dockerfile":null,"context":null}"#;
-        let image: LocalImage = serde_json::from_str(text).unwrap();
-        assert_eq!((image.format_size().as_str(), image.docker_ref().as_str()), ("100.0MB", "agentkernel-t"));
-        assert!(image.labels.is_empty());
-    }
-}
+mod tests;

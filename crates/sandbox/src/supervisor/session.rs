@@ -282,7 +282,7 @@ impl Session {
         exports: &Exports,
     ) -> Result<Option<Up>, Problem> {
         let Restore { from, machine, epoch, tables, fingerprint } = restore;
-        exports.adopt(&tables)?;
+        exports.adopt(&tables, from)?;
         let epoch =
             epoch.checked_add(1).ok_or_else(|| plain("restore", "it was restored too often", None))?;
         let mut started = self.start_machine(program, lock, reach, Some((machine, &fingerprint))).await?;
@@ -477,6 +477,7 @@ impl Session {
                 Image::Disk { .. } => Root::Disk { serial: machine::IMAGE_SERIAL.into() },
             },
             writable: Writable::Disk { serial: machine::WRITABLE_SERIAL.into() },
+            prepare: if self.sandbox.is_template() { Exports::WORKSPACE.into() } else { String::new() },
         });
         // A template is saved before it is anybody's.
         let furnish = needs != Needs::Identity && !self.sandbox.is_template();
@@ -636,10 +637,9 @@ async fn configure(wish: Configure, exports: &Exports, opener: &Opener) -> Resul
 fn identity(spec: &Spec) -> Identity {
     let mut entropy = vec![0; 64];
     fill_random(&mut entropy);
-    let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     Identity {
         hostname: spec.name.clone(),
-        unix_time_ns: u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX),
+        unix_time_ns: deadline::unix_ns(),
         entropy: ByteBuf::from(entropy),
         machine_id: spec.machine_id.clone(),
         boot_id: new_uuid(unix_ms()),

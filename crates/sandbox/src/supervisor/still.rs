@@ -69,8 +69,23 @@ impl Still {
         if self.is_paused() {
             self.machine.resume().await.map_err(refused)?;
             self.paused.send_replace(false);
+            self.set_clock().await;
         }
         Ok(())
+    }
+
+    /// The guest's clock stood still as well. One that does not take the time has other troubles, which whoever talks to it
+    /// next is told.
+    async fn set_clock(&self) {
+        let set = async {
+            let mut stream = self.opener.open().await.ok()?;
+            let request = Request::Clock { unix_time_ns: crate::deadline::unix_ns() };
+            frame::write(&mut stream, &request).await.ok()?;
+            frame::read::<Reply, _>(&mut stream).await.ok()
+        };
+        if !matches!(tokio::time::timeout(QUIET_PATIENCE, set).await, Ok(Some(Reply::Done))) {
+            tracing::warn!("the guest's clock could not be set");
+        }
     }
 
     /// Saves the machine for `client`, and has it stand still until the client is done.
@@ -85,8 +100,11 @@ impl Still {
             Ok(_) => self.stand_still(client, exports).await,
             Err(problem) => Err(problem.clone()),
         };
+        drop(quiet);
         if self.is_paused() {
             self.machine.pause().await.map_err(refused)?;
+        } else {
+            self.set_clock().await;
         }
         result
     }

@@ -2,6 +2,7 @@
 
 mod hostile;
 mod reading;
+mod table;
 mod writing;
 
 use std::path::Path;

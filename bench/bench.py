@@ -721,11 +721,12 @@ def table(result):
         yield from warm.stage_rows(raw["stages"])
         yield ""
     if ten := raw.get("ten_children"):
-        yield f"{f'{warm.CHILDREN} children of one parent':32}{ten['fork_ms'] / 1e3:.1f} s, it stood still for {ten['still_ms']:.0f} ms"
+        seconds, still = ten["fork_ms"] / 1e3, ten["still_ms"]
+        yield f"{f'{warm.CHILDREN} children of one parent':32}{seconds:.1f} s, it stood still for {still:.0f} ms"
         for name, text in (("idle", "idle"), ("after_exec", "after one command")):
-            private, pss = ([child[key] / MIB for child in ten[name]] for key in ("private_bytes", "pss_bytes"))
-            yield f"{f'    {text}: private, each':32}{spread(private, 'MiB')}"
-            yield f"{f'    {text}: with its part of what is shared':32} {spread(pss, 'MiB')}"
+            private, proportional = ([child[key] / MIB for child in ten[name]] for key in ("private_bytes", "pss_bytes"))
+            yield f"{f'    {text}: private':32}{spread(private, 'MiB')}, each"
+            yield f"{'    with a part of the shared':32}{spread(proportional, 'MiB')}, each"
     if "machine_rss_bytes" in raw:
         yield f"{'memory: machine, resident':32}{mib(statistics.median(raw['machine_rss_bytes']))}"
         yield f"{'memory: supervisor':32}{mib(statistics.median(raw['supervisor_rss_bytes']))}"
@@ -791,12 +792,13 @@ def reach(raw, guest_bytes, where):
 
     streamed = raw.get("stream")
     seconds = lambda name: middle(name) / 1e3
-    warm = lambda kind, place: [f"{kind}_{place}_{time_of}" for time_of in ("second", "again")]
+    repeated = lambda kind, place: [f"{kind}_{place}_{time_of}" for time_of in ("second", "again")]
     rounds = len(raw.get("churn_create", ())) - 1
     still, ten = raw.get("fork_still"), raw.get("ten_children")
     private = lambda: max(child["private_bytes"] for child in ten["idle"]) / MIB
     goals = [
-        ("warm", f"warm run -- true / docker run, {where}", "<=", 0.5, lambda: divide(["warm_true"], ["docker_run_default"])),
+        ("warm", f"warm run -- true / docker run, {where}", "<=", 0.5,
+            lambda: divide(["warm_true"], ["docker_run_default"])),
         ("warm", f"warm run -- true / docker run --network none, {where}", "<=", 0.5,
             lambda: divide(["warm_true"], ["docker_run_none"])),
         ("warm", f"warm run -- python3 / docker run, {where}", "<=", 1.5,
@@ -827,9 +829,9 @@ def reach(raw, guest_bytes, where):
         ("churn", f"files left in the state directory by {rounds} sandboxes", "<=", 0, lambda: left("state_files")),
         ("churn", f"MiB left in the state directory by {rounds} sandboxes", "<=", 0, lambda: left("state_bytes") / MIB),
         ("files", f"git status, warm: workspace / own disk, {where}", "<=", 1.3,
-            lambda: divide(warm("git_status", "workspace"), warm("git_status", "disk"))),
+            lambda: divide(repeated("git_status", "workspace"), repeated("git_status", "disk"))),
         ("files", f"grep -r, warm: workspace / own disk, {where}", "<=", 1.3,
-            lambda: divide(warm("grep", "workspace"), warm("grep", "disk"))),
+            lambda: divide(repeated("grep", "workspace"), repeated("grep", "disk"))),
         ("build", f"build again, nothing changed / docker build, {where}", "<=", 0.2,
             lambda: divide(["build_again"], ["docker_build_again"])),
         ("build", "build with the last COPY changed: steps done again", "<=", 1, lambda: raw["build_changed_steps"]),
@@ -872,10 +874,10 @@ def main():
     parser.add_argument("--rounds", type=int, default=10, help="cold starts and builds of each kind (default 10)")
     parser.add_argument("--churn", type=int, default=50, help="sandboxes made, used and removed (default 50)")
     options = parser.parse_args()
-    options.iterations, options.rounds, options.churn = max(1, options.iterations), max(2, options.rounds), max(1, options.churn)
-    with_docker, with_podman = (
-        not options.without_docker and any(name in options.only for name in names) for names in (BESIDE_DOCKER, BESIDE_PODMAN)
-    )
+    options.iterations, options.churn = max(1, options.iterations), max(1, options.churn)
+    options.rounds = max(2, options.rounds)
+    beside = lambda names: not options.without_docker and any(name in options.only for name in names)
+    with_docker, with_podman = beside(BESIDE_DOCKER), beside(BESIDE_PODMAN)
     if with_docker and os.geteuid() != 0:
         fail("Docker's daemon needs root: call this as root, or with --without-docker")
     for needed in (BUSYBOX, PYTHON):
@@ -916,7 +918,8 @@ def main():
             begun, before = time.perf_counter(), os.getloadavg()
             raw |= SECTIONS[name](agentkernel, engines, options)
             raw["sections"][name] = {"seconds": time.perf_counter() - begun, "load": [before, os.getloadavg()]}
-        docker_version, podman_version = (engine.version() if engine else None for engine in (engines.docker, engines.podman))
+        docker_version = engines.docker.version() if engines.docker else None
+        podman_version = engines.podman.version() if engines.podman else None
         load = [load, os.getloadavg()[0]]
     size = guest_binary(target)
     where = f"{figures['accelerator']}"

@@ -34,16 +34,16 @@ SUPERVISOR = {
 }
 # Stages of `run -- true` in their order: name, what happens in it.
 STAGES = [
-    ("made", "settings read, template found, disk copied"),
+    ("made", "client: settings, the template found, its disk copied"),
     ("supervising", "supervisor: its files opened"),
-    ("jailed", "QEMU started in its jail"),
-    ("restored", "template loaded, guest runs, its agent answers"),
-    ("configured", "guest: randomness, clock, names, mounts"),
-    ("handed_over", "two processes: the supervisor's start, and its word"),
+    ("jailed", "a process in its jail, to be QEMU"),
+    ("restored", "QEMU with the template, until its agent answers"),
+    ("configured", "guest: randomness, clock, names, file systems"),
+    ("handed_over", "supervisor: its start, and its word to the client"),
     ("command", "the command, from the request to its exit code"),
     ("changes", "changes of the workspace"),
     ("removed", "machine ended, sandbox removed"),
-    ("exit", "client: from the call to main, and its own end"),
+    ("exit", "client: its start and end"),
 ]
 
 

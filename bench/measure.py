@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -31,8 +32,8 @@ def percentile(values, percent):
 
 def summary(values):
     """What is said of many values."""
-    shares = {f"p{percent}": percentile(values, percent) for percent in (50, 95, 99)}
-    return {"n": len(values), "least": min(values), **shares, "most": max(values)}
+    shares = {f"p{percent}": percentile(values, percent) for percent in (95, 99)}
+    return {"n": len(values), "least": min(values), "p50": statistics.median(values), **shares, "most": max(values)}
 
 
 def smaps(process):

@@ -55,14 +55,15 @@ def section_warm(agentkernel, engines, options):
         say("a Python image")
         load_python(docker)
     inside = {"cwd": agentkernel.project}
+    bridge = docker and docker.bridge
     measured = {
         "warm_true": (agentkernel.run_command("true"), inside),
-        "docker_run_default": docker and (docker.run_command("true", network=True), {}),
+        "docker_run_default": bridge and (docker.run_command("true", network=True), {}),
         "docker_run_none": docker and (docker.run_command("true"), {}),
         "podman_run_default": podman and not podman.network_problem and (podman.run_command("true", network=True), {}),
         "podman_run_none": podman and (podman.run_command("true"), {}),
         "warm_python": (agentkernel.run_command(*python, image="host"), inside),
-        "docker_python_default": docker and (docker.run_command(*python, network=True, image=PYTHON_IMAGE), {}),
+        "docker_python_default": bridge and (docker.run_command(*python, network=True, image=PYTHON_IMAGE), {}),
         "docker_python_none": docker and (docker.run_command(*python, image=PYTHON_IMAGE), {}),
     }
     measured = {name: call for name, call in measured.items() if call}

@@ -46,6 +46,10 @@ def with_loopback(*command):
     return ["sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
 
 
+# What comes before a command that is to have a /run of its own; it is in a mount namespace.
+OWN_RUN = ["sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$@"', "sh"]
+
+
 def why_no_bridge():
     """What keeps Docker's default network from being made in a namespace here; None if nothing does."""
     path = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -73,8 +77,8 @@ def make_root(directory):
 class Docker:
     """A daemon of our own with one image: a static busybox. Its data, sockets and containers lie in a temporary directory;
     it is gone when this is left. It makes no bridge and no firewall rule; or, with `bridge`, those of Docker's default
-    network, in a network namespace that only it and its containers are in. No such namespace has a name: it goes with the
-    last process in it."""
+    network, in a network namespace that only it and its containers are in, and with a /run of its own. Such a namespace
+    has no name: it goes with the last process in it."""
 
     IMAGE = "agentkernel-bench"
 
@@ -86,7 +90,8 @@ class Docker:
         self.log = None
         self.cgroup = f"agentkernel-{os.getpid()}"
         # What dockerd makes outside the directories it is given.
-        self.foreign = [path for path in map(Path, ("/run/docker", "/run/containerd")) if not path.exists()]
+        outside = () if bridge else (Path("/run/docker"), Path("/run/containerd"))
+        self.foreign = [path for path in outside if not path.exists()]
 
     def __enter__(self):
         try:
@@ -109,7 +114,7 @@ class Docker:
         network = [] if self.bridge else ["--bridge=none", "--iptables=false"]
         self.process = subprocess.Popen(
             [
-                *(["unshare", "--net", *with_loopback()] if self.bridge else []),
+                *(["unshare", "--net", "--mount", *with_loopback(*OWN_RUN)] if self.bridge else []),
                 program,
                 *("--data-root", own / "data", "--exec-root", own / "exec", "--pidfile", own / "pid"),
                 *("--host", f"unix://{self.socket}", "--config-file", own / "daemon.json"),

@@ -14,7 +14,7 @@ test: ## install what the tests need, run every test
 check: ## format, lints, documents, fuzzing, dependencies: what CI runs besides the tests
 	@scripts/check
 
-bench: ## measure, beside Docker on the same machine (as root)
+bench: ## measure, beside Docker and Podman on the same machine (as root)
 	@scripts/install-packages demo bench
 	@cargo build --release --locked --quiet -p agentkernel
 	@python3 bench/bench.py

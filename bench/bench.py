@@ -775,6 +775,9 @@ def comparison(ours, theirs, rows, raw):
         if name not in raw:
             continue
         compared = raw.get(other) or []
+        # Only there for what it is compared with.
+        if not compared and text.strip().startswith(("docker", "podman")):
+            continue
         ratio = f"{statistics.median(raw[name]) / statistics.median(compared):.2f}" if compared else "-"
         yield f"{text:36}{spread(raw[name]):40}{spread(compared):40}{ratio}"
 

@@ -14,6 +14,7 @@
 //! image every file of the host that its guest has looked at. It is not synced to the disk, so one that a former boot of
 //! the host made is not used either. Whatever is wrong with one, it is made again: it only saves time.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -50,6 +51,13 @@ const WARM_UP: &[&[&str]] = &[&["/bin/true"], &["/bin/sh", "-c", ":"]];
 const WARM_UP_HOST: &[&[&str]] =
     &[&["/usr/bin/python3", "-c", "pass"], &["/bin/bash", "-c", ":"], &["/bin/ls", "/"]];
 
+/// Programs that are looked for in the directories of `PATH`, so that the guest knows where there are none of them.
+const LOOKED_FOR: &str =
+    "true sh bash ls cat git make env python python3 pip node npm npx cargo rustc go java ruby php perl";
+
+/// Raised with every change of what is done in a template before it is saved.
+const RECIPE: u32 = 2;
+
 /// What a template was made of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct About {
@@ -59,6 +67,8 @@ struct About {
     detail: String,
     /// Boot of the host.
     boot_id: String,
+    /// What was done before it was saved.
+    recipe: u32,
 }
 
 impl About {
@@ -72,7 +82,7 @@ impl About {
             }
         };
         let fingerprint = Fingerprint::now(home, spec)?;
-        Ok(Self { fingerprint, image, detail, boot_id: Clocks::now().boot_id })
+        Ok(Self { fingerprint, image, detail, boot_id: Clocks::now().boot_id, recipe: RECIPE })
     }
 
     /// Names the directory. The image's name is for people: its content is what counts.
@@ -200,6 +210,9 @@ fn why_outdated(directory: &Path, about: &About) -> Option<String> {
     let made: Option<About> =
         fs::read(directory.join(ABOUT)).ok().and_then(|text| serde_json::from_slice(&text).ok());
     let Some(made) = made else { return Some("it is not whole".to_owned()) };
+    if made.recipe != RECIPE {
+        return Some("it was made in another way".to_owned());
+    }
     if made.boot_id != about.boot_id {
         return Some("the host was restarted".to_owned());
     }
@@ -247,30 +260,37 @@ fn blank(spec: &Spec) -> Spec {
 
 async fn make(home: &Home, spec: &Spec, about: &About, target: &Path, program: &Path) -> Result<(), Problem> {
     let draft = Draft::new(&home.templates())?;
-    save(home, &blank(spec), program, draft.path()).await?;
+    let path = spec.defaults.environment.iter().find(|(name, _)| name.0 == "PATH");
+    let path = path.map(|(_, value)| value.0.clone()).unwrap_or_default();
+    save(home, &blank(spec), &path, program, draft.path()).await?;
     let text = serde_json::to_vec(about).map_err(|error| plain("template", error.to_string(), None))?;
     replace(&draft.path().join(ABOUT), &text).map_err(io("make a template"))?;
     draft.keep(target)
 }
 
 /// Boots a machine and saves it into `draft`.
-async fn save(home: &Home, blank: &Spec, program: &Path, draft: &Path) -> Result<(), Problem> {
+async fn save(home: &Home, blank: &Spec, path: &OsStr, program: &Path, draft: &Path) -> Result<(), Problem> {
     let held = client::create(home, blank, Life::Temporary, None)?;
     fs::write(held.directory.path().join(TEMPLATE), b"").map_err(io("make a template"))?;
     let lease = client::start(held, program, Warmth::Cold).await?;
     let is_host = matches!(blank.image, Image::Host { .. });
     for words in WARM_UP.iter().chain(if is_host { WARM_UP_HOST } else { &[] }) {
         // What is not there, or does not work, is not warmed up.
-        let _ = run(lease.sandbox(), words).await;
+        let words: Vec<&OsStr> = words.iter().map(OsStr::new).collect();
+        let _ = run(lease.sandbox(), &words).await;
     }
+    let script = "IFS=:; path=$1; names=$2; for directory in $path; do IFS=' '; for name in $names; do \
+        test -x \"$directory/$name\"; done; done";
+    let words = ["/bin/sh", "-c", script, "sh"].map(OsStr::new);
+    let _ = run(lease.sandbox(), &[&words[..], &[path, OsStr::new(LOOKED_FOR)]].concat()).await;
     let saved = saved::save(lease.sandbox(), draft).await;
     lease.release();
     saved.map(drop)
 }
 
-async fn run(sandbox: &Sandbox, words: &[&str]) -> Result<(), Problem> {
+async fn run(sandbox: &Sandbox, words: &[&OsStr]) -> Result<(), Problem> {
     let exec = Exec {
-        arguments: words.iter().map(|word| ByteBuf::from(*word)).collect(),
+        arguments: words.iter().map(|word| ByteBuf::from(word.as_encoded_bytes())).collect(),
         environment: vec![(ByteBuf::from("PATH"), ByteBuf::from("/usr/sbin:/usr/bin:/sbin:/bin"))],
         directory: ByteBuf::from("/"),
         user: String::new(),

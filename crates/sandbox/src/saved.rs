@@ -343,14 +343,12 @@ pub(crate) fn sweep_drafts(parent: &Path, dry_run: bool) -> usize {
     if drafts.peek().is_none() {
         return 0;
     }
-    let exclusive = lock_directory(parent, FlockOperation::NonBlockingLockExclusive).ok();
-    let is_free = |draft: &fs::DirEntry| {
-        let lock = File::open(draft.path().join(DRAFT_LOCK));
-        match lock {
-            Ok(lock) => rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok(),
-            // Whoever made it did not get further.
-            Err(error) => error.kind() == std::io::ErrorKind::NotFound && exclusive.is_some(),
-        }
+    // Somebody is making or naming one, which has no lock of its own yet: the next sweep looks.
+    let Ok(_exclusive) = lock_directory(parent, FlockOperation::NonBlockingLockExclusive) else { return 0 };
+    let is_free = |draft: &fs::DirEntry| match File::open(draft.path().join(DRAFT_LOCK)) {
+        Ok(lock) => rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok(),
+        // Whoever made it did not get further.
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
     };
     let free = drafts.filter(is_free).inspect(|draft| {
         if !dry_run {

@@ -234,3 +234,47 @@ fn twenty_forks_at_once() {
     assert_eq!(ids.len(), 20);
     host.agentkernel(&["rm", "--force", "--all"]).expect(0);
 }
+
+/// The library call underneath best-of-N, as a program would make it.
+#[test]
+fn attempts_are_forked_run_and_judged() {
+    use agentkernel_protocol::message::Exec;
+    use agentkernel_sandbox::fork;
+    use agentkernel_sandbox::state::Home;
+    use serde_bytes::ByteBuf;
+
+    let host = Host::new();
+    host.write("answer.txt", "unknown\n");
+    create(&host, "dev", &[]);
+    let project = host.project();
+    let attempt = |script: &str| Exec {
+        arguments: ["/bin/sh", "-c", script].map(ByteBuf::from).to_vec(),
+        environment: vec![(ByteBuf::from("PATH"), ByteBuf::from("/usr/bin:/bin"))],
+        directory: ByteBuf::from(project.as_os_str().as_encoded_bytes()),
+        user: String::new(),
+        terminal: None,
+        timeout_ms: Some(60_000),
+        stop_signal: None,
+        root: None,
+    };
+    let programs = vec![
+        ("wrong".to_owned(), attempt("echo 41 > answer.txt; echo tried; exit 3")),
+        ("right".to_owned(), attempt("echo 42 > answer.txt; echo note > more.txt; echo found >&2")),
+        ("missing".to_owned(), Exec { arguments: vec![ByteBuf::from("/nowhere")], ..attempt("") }),
+    ];
+    let home = Home::open(&host.state()).unwrap();
+    let parent = home.find("dev").unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let trials = runtime.block_on(fork::trial(&parent, programs, &crate::host::program())).unwrap();
+    let names: Vec<String> = trials.iter().map(|trial| trial.sandbox.name()).collect();
+    assert_eq!(names, ["wrong", "right", "missing"]);
+    assert_eq!((&trials[0].code, trials[0].stdout.as_slice()), (&Ok(3), &b"tried\n"[..]));
+    assert_eq!((&trials[1].code, trials[1].stderr.as_slice()), (&Ok(0), &b"found\n"[..]));
+    assert!(trials[2].code.as_ref().is_err_and(|why| why.contains("not found")), "{:?}", trials[2].code);
+    let changed = |index: usize| trials[index].changes.as_ref().unwrap().summary().total();
+    assert_eq!((changed(0), changed(1), changed(2)), (1, 2, 0));
+    // The winner is taken, by the same means as any other sandbox.
+    host.agentkernel(&["apply", "right"]).expect(0);
+    assert_eq!((host.read("answer.txt"), host.read("more.txt")), ("42\n".to_owned(), "note\n".to_owned()));
+    host.agentkernel(&["rm", "--force", "--all"]).expect(0);
+}

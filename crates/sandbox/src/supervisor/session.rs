@@ -46,7 +46,7 @@ const GLANCE: Duration = Duration::from_secs(5);
 /// usual. About one kernel in some hundred waits for ever, on a busy host, for an interrupt that was lost as it booted.
 const BOOT_LIMITS: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(45)];
 /// How long a machine may take to go on from where it was saved; 0.1 s is usual.
-const RESTORE_LIMIT: Duration = Duration::from_secs(20);
+const RESTORE_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long a machine may take from its start to the agent's greeting. Many times the usual 0.2 s under hardware
 /// virtualisation and 1.5 s under emulation: a busy host is no error.

@@ -345,12 +345,12 @@ fn place(
             let (mode, owner) = look_at(served).map_err(say(format!("look at {shown}")))?;
             match &layout.prepared {
                 Some((tag, upper)) if *tag == mount.tag => {
-                    let directory = beneath(upper, "");
-                    fs::set_permissions(&directory, Permissions::from_mode(mode))
-                        .map_err(say(format!("prepare {shown}")))?;
-                    std::os::unix::fs::chown(&directory, Some(owner.0), Some(owner.1))
-                        .map_err(say(format!("prepare {shown}")))?;
                     let prepared = beneath(&layout.initial, PREPARED.trim_start_matches('/'));
+                    // Through the mount, which would not notice a change of its upper layer.
+                    fs::set_permissions(&prepared, Permissions::from_mode(mode))
+                        .map_err(say(format!("prepare {shown}")))?;
+                    std::os::unix::fs::chown(&prepared, Some(owner.0), Some(owner.1))
+                        .map_err(say(format!("prepare {shown}")))?;
                     mount_move(prepared, &target).map_err(say(format!("mount {shown}")))?;
                     Ok(Some(upper.clone()))
                 }

@@ -9,7 +9,7 @@
 //! ```
 //! Taken of a running sandbox it holds memory and processes; of a stopped one its disk only. Restored in place, the sandbox
 //! is what it was then, and what it is now is given up; restored under another name it is another sandbox, with an identity
-//! of its own. A snapshot with memory goes on only where everything under the machine is the same ([`saved`]); its disk can
+//! of its own. A snapshot with memory goes on only where everything under the machine is the same (`saved.rs`); its disk can
 //! be restored anywhere.
 
 use std::fs;

@@ -10,7 +10,7 @@
 //! the machine takes on an identity and is furnished before anything of the user's runs. A template holds no secret, no
 //! name and no file of a project.
 //!
-//! A template is good as long as everything it was made of is the same: [`Fingerprint`], the image, and for the `host`
+//! A template is good as long as everything it was made of is the same: program, kernel, QEMU and size, the image, and for the `host`
 //! image every file of the host that its guest has looked at. It is not synced to the disk, so one that a former boot of
 //! the host made is not used either. Whatever is wrong with one, it is made again: it only saves time.
 

@@ -47,6 +47,11 @@ const EMULATION_OPTIONS: &[&str] = &[
     "init_on_alloc=0",
 ];
 
+/// All that QEMU can emulate, but for what only costs time there: string instructions that are advertised as fast and are
+/// not, a fifth level of page tables, and a protection of the guest's kernel that ends a block of translated code each time
+/// it touches a program's memory.
+const EMULATED_PROCESSOR: &str = "max,erms=off,fsrm=off,la57=off,smap=off,pku=off";
+
 /// A command line in the making.
 pub(super) struct Plan {
     arguments: Vec<Argument>,
@@ -62,7 +67,7 @@ impl Plan {
             Accelerator::Kvm => ("kvm".to_owned(), "host"),
             Accelerator::Tcg => {
                 kernel_options.extend(EMULATION_OPTIONS.iter().map(|&option| option.to_owned()));
-                (format!("tcg,thread=multi,tb-size={TRANSLATION_MIB}"), "max")
+                (format!("tcg,thread=multi,tb-size={TRANSLATION_MIB}"), EMULATED_PROCESSOR)
             }
         };
         kernel_options.extend(config.kernel_arguments.iter().cloned());

@@ -143,8 +143,8 @@ impl Exports {
     }
 
     /// What the guest knows of each file system, by tag.
-    pub(crate) fn save(&self) -> Vec<(String, Vec<u8>)> {
-        self.served.iter().map(|served| (served.tag.clone(), served.server.save())).collect()
+    pub(crate) fn save(&self, with_versions: bool) -> Vec<(String, Vec<u8>)> {
+        self.served.iter().map(|served| (served.tag.clone(), served.server.save(with_versions))).collect()
     }
 
     /// Goes on for the guest of servers that saved these.

@@ -394,6 +394,8 @@ pub(crate) fn order(sandbox: &Path, directory: &Path, from: From) -> Result<(), 
 /// A saved machine in the supervisor's hands.
 pub(crate) struct Restore {
     pub from: From,
+    /// Where it was.
+    pub directory: PathBuf,
     pub machine: qemu::Restore,
     pub epoch: u32,
     pub tables: Vec<(String, Vec<u8>)>,
@@ -431,6 +433,7 @@ impl Restore {
         let tables = saved.record.file_systems.iter();
         Ok(Self {
             from: order.from,
+            directory: order.directory.clone(),
             machine: qemu::Restore {
                 memory: open_plain(&memory).map_err(io(format!("open {}", memory.display())))?,
                 devices: read_limited(&devices, DEVICES_LIMIT)

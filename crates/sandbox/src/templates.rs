@@ -126,6 +126,13 @@ impl Template {
     }
 }
 
+/// Sees to it that a template that did not work is made again.
+pub(crate) fn forget(home: &Home, directory: &Path) {
+    if directory.parent() == Some(&home.templates()) {
+        remove(directory);
+    }
+}
+
 /// Removes a template from sight at once. Whoever began with it goes on: its files live as long as they are open.
 fn remove(directory: &Path) {
     let hidden = directory.with_file_name(format!(".old-{}", random_word()));

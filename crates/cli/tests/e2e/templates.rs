@@ -89,6 +89,18 @@ fn a_template_that_was_touched_is_made_again() {
         assert_eq!(host.sh(&SMALL, "echo fine").expect(0), "fine\n", "{what}");
         assert_ne!(inode(directory().expect("a template").join("memory")), before, "{what}");
     }
+    // Damage that nothing tells of: the machine does not come up, another is booted, and the next one is made.
+    let path = directory().expect("a template");
+    let before = inode(path.join("memory"));
+    let devices = path.join("devices");
+    let written = fs::metadata(&devices).unwrap().modified().unwrap();
+    let file = File::options().write(true).open(&devices).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0xff; 4096], 0).unwrap();
+    file.set_modified(written).unwrap();
+    for _ in 0..2 {
+        assert_eq!(host.sh(&SMALL, "echo fine").expect(0), "fine\n");
+    }
+    assert_ne!(inode(directory().expect("a template").join("memory")), before);
     // What is not used any more goes.
     let path = directory().expect("a template");
     fs::remove_file(path.join("machine.json")).unwrap();

@@ -257,7 +257,7 @@ impl Session {
         exports: &Exports,
     ) -> Result<Option<Up>, Problem> {
         let Some(restore) = restore else { return self.boot(program, lease, lock, reach).await };
-        let from = restore.from;
+        let (from, directory) = (restore.from, restore.directory.clone());
         let failed = match self.resume(program, lease, lock, reach, restore, exports).await {
             Ok(Some(up)) => return Ok(Some(up)),
             Ok(None) => return Ok(None),
@@ -267,6 +267,7 @@ impl Session {
             return Err(failed);
         }
         // A template only saves time. Its disk is a whole one, whatever its memory is.
+        crate::templates::forget(self.sandbox.home(), &directory);
         self.record.say("warning", &format!("a template was not used: {}", failed.message));
         self.boot(program, lease, lock, reach).await
     }
@@ -281,7 +282,7 @@ impl Session {
         restore: Restore,
         exports: &Exports,
     ) -> Result<Option<Up>, Problem> {
-        let Restore { from, machine, epoch, tables, fingerprint } = restore;
+        let Restore { from, machine, epoch, tables, fingerprint, .. } = restore;
         exports.adopt(&tables, from)?;
         let epoch =
             epoch.checked_add(1).ok_or_else(|| plain("restore", "it was restored too often", None))?;
@@ -289,14 +290,20 @@ impl Session {
         tracing::debug!("the machine's process is jailed");
         let mut port = Port::new(started.take_stream()?);
         port.hail(epoch).await.map_err(|error| problem("restore", &error, None))?;
-        match self.wait_for(&started, &port, lease, RESTORE_LIMIT).await {
-            Some(true) => {}
-            Some(false) => {
-                let words = started.machine.explain().unwrap_or_else(|| "it says nothing".to_owned());
-                end(&*started.machine).await;
-                return Err(plain("restore", format!("the saved machine does not go on: {words}"), None));
-            }
-            None => return Ok(None),
+        let came_up = self.wait_for(&started, &port, lease, RESTORE_LIMIT).await;
+        let Some(came_up) = came_up else { return Ok(None) };
+        // Nothing is read here; but a stream that has ended is no answer.
+        let readable = tokio::io::Interest::READABLE;
+        let has_ended =
+            !came_up || port.get_ref().ready(readable).await.is_ok_and(|ready| ready.is_read_closed());
+        if has_ended {
+            let ended = tokio::time::timeout(Duration::from_millis(500), started.machine.wait()).await;
+            let words = match ended {
+                Ok(exit) => exit.to_string(),
+                Err(_) => started.machine.explain().unwrap_or_else(|| "it says nothing".to_owned()),
+            };
+            end(&*started.machine).await;
+            return Err(plain("restore", format!("the saved machine does not go on: {words}"), None));
         }
         let needs = if from == From::Template { Needs::Furniture } else { Needs::Identity };
         Ok(Some(Up { started, port, needs, epoch }))

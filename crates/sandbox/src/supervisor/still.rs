@@ -33,16 +33,17 @@ pub(super) struct Still {
     machine: Arc<dyn Machine>,
     opener: Opener,
     epoch: u32,
-    /// Nothing that was started in it may run on where it is restored.
-    end_programs: bool,
+    /// It becomes a template: nothing that was started in it may run on where it is restored, and what its guest has seen of
+    /// the host is compared each time.
+    is_template: bool,
     alone: Mutex<()>,
     paused: watch::Sender<bool>,
 }
 
 impl Still {
-    pub(super) fn new(machine: Arc<dyn Machine>, opener: Opener, epoch: u32, end_programs: bool) -> Self {
+    pub(super) fn new(machine: Arc<dyn Machine>, opener: Opener, epoch: u32, is_template: bool) -> Self {
         let paused = watch::Sender::new(false);
-        Self { machine, opener, epoch, end_programs, alone: Mutex::new(()), paused }
+        Self { machine, opener, epoch, is_template, alone: Mutex::new(()), paused }
     }
 
     /// Whether its user has paused it.
@@ -113,7 +114,7 @@ impl Still {
     async fn quiet(&self) -> Result<Stream, Problem> {
         let broken = |error: &dyn std::error::Error| problem("guest-protocol", error, None);
         let mut stream = self.opener.open().await.map_err(|error| broken(&error))?;
-        let programs = self.end_programs.then_some(Programs::End);
+        let programs = self.is_template.then_some(Programs::End);
         frame::write(&mut stream, &Request::Quiesce { programs }).await.map_err(|error| broken(&error))?;
         match frame::read(&mut stream).await.map_err(|error| broken(&error))? {
             Reply::Done => Ok(stream),
@@ -131,7 +132,7 @@ impl Still {
 
     async fn give(&self, client: &mut UnixStream, exports: &Exports) -> Result<(), Problem> {
         let devices = ByteBuf::from(self.machine.save().await.map_err(refused)?);
-        let tables = exports.save();
+        let tables = exports.save(self.is_template);
         let file_systems = tables.iter().map(|(tag, table)| (tag.clone(), table.len() as u64)).collect();
         let saved = ControlReply::Saved(Box::new(Saved { epoch: self.epoch, devices, file_systems }));
         frame::write(client, &saved).await.map_err(|error| problem("control", &error, None))?;

@@ -109,10 +109,11 @@ impl FileServer {
         messages
     }
 
-    /// What the guest knows of this server, for another one that takes over ([`Self::adopt`]). No request may be under way.
-    pub(crate) fn save(&self) -> Vec<u8> {
+    /// What the guest knows of this server, for another one that takes over ([`Self::adopt`]); with the versions of its
+    /// files, if those are to be compared later. No request may be under way.
+    pub(crate) fn save(&self, with_versions: bool) -> Vec<u8> {
         let (mut nodes, next) = self.nodes.save();
-        if !self.export.is_writable() {
+        if with_versions {
             for node in &mut nodes {
                 // What the guest may have cached of files that go, it has of nobody's.
                 let path = self.nodes.path(node.id).ok().map(|(path, _)| path);

@@ -19,7 +19,7 @@ fn a_restored_guest_finds_what_it_knew() {
     let gone = former.walk("gone").unwrap();
     let handle = former.open(file.node, 2).unwrap();
     let lost = former.open(gone.node, 0).unwrap();
-    let table = former.server.save();
+    let table = former.server.save(true);
     fs::remove_file(root.path().join("gone")).unwrap();
     let next = Client::read_write(root.path());
     assert!(next.server.adopt(&table));
@@ -47,7 +47,7 @@ fn damaged_tables_are_refused() {
     fs::write(root.path().join("file"), "").unwrap();
     let former = Client::read_only(root.path());
     former.walk("file").unwrap();
-    let table = former.server.save();
+    let table = former.server.save(true);
     for cut in 0..table.len() {
         let next = Client::read_only(root.path());
         // Whatever the bytes are: refused, or a table that leads nowhere outside.
@@ -67,7 +67,7 @@ fn a_change_of_what_was_seen_is_noticed() {
     fs::write(root.path().join("unseen"), "one").unwrap();
     let client = Client::read_only(root.path());
     client.walk("seen/file").unwrap();
-    let table = client.server.save();
+    let table = client.server.save(true);
     let current = || is_current(&table, root.path(), FUTURE);
     assert!(current());
     assert!(!is_current(&table, root.path(), 0), "what changed after it was served is not as it was");
@@ -75,7 +75,7 @@ fn a_change_of_what_was_seen_is_noticed() {
     assert!(current());
     fs::write(root.path().join("seen/other"), "").unwrap();
     assert!(!current(), "a new name in a directory that was seen");
-    let table = client.server.save();
+    let table = client.server.save(true);
     let current = || is_current(&table, root.path(), FUTURE);
     assert!(current());
     fs::write(root.path().join("seen/file"), "two").unwrap();

@@ -101,6 +101,7 @@ fn config(kernel: Kernel, disks: Vec<Disk>) -> MachineConfig {
         vcpus: 2,
         memory_mib: 256,
         disks,
+        network: None,
         launcher: std::env::current_exe().expect("our own path"),
         machine_uid: None,
         inherit: Vec::new(),

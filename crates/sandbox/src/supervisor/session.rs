@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use agentkernel_machine::accelerator::Accelerator;
+use agentkernel_network::Flow;
 use agentkernel_protocol::control::{ControlReply, Event, LeaseInput};
 use agentkernel_protocol::frame;
 use agentkernel_protocol::message::{
@@ -22,7 +23,7 @@ use tokio::sync::mpsc;
 use super::clients::{self, Clients, Stop};
 use super::confine::{Reach, confine, confine_thread};
 use super::still::Still;
-use super::{CONTROL_SOCKET, Inherited, machine, relay};
+use super::{CONTROL_SOCKET, Inherited, Proxy, machine, network, relay};
 use crate::collect;
 use crate::deadline::{self, Clocks, unix_ms};
 use crate::exports::{Exports, mounts};
@@ -99,6 +100,7 @@ pub(super) async fn run(
     spec: Spec,
     sandbox: &SandboxDirectory,
     program: &Path,
+    proxy: Option<Proxy>,
     inherited: Inherited,
 ) -> Result<End, Problem> {
     let Inherited { lease, lock } = inherited;
@@ -106,6 +108,7 @@ pub(super) async fn run(
     let session = Session {
         spec: Arc::new(spec),
         sandbox: sandbox.clone(),
+        proxy,
         temporary: sandbox.is_temporary(),
         record: Record::open(sandbox.path()),
         live: RefCell::new(Live {
@@ -155,6 +158,8 @@ pub(super) async fn run(
 struct Session {
     spec: Arc<Spec>,
     sandbox: SandboxDirectory,
+    /// Of the host's environment.
+    proxy: Option<Proxy>,
     temporary: bool,
     record: Record,
     live: RefCell<Live>,
@@ -183,6 +188,10 @@ impl Session {
         self.enter(Phase::Starting)?;
         let listener = UnixListener::bind(CONTROL_SOCKET).map_err(io("open the control socket"))?;
         let terminate = signal(SignalKind::terminate()).map_err(io("listen to signals"))?;
+        if self.proxy.as_ref().is_some_and(|proxy| !network::is_usable(proxy)) {
+            let text = "the environment's proxy is not used: only those of http:// are spoken to";
+            self.record.say("warning", text);
+        }
         let restore = self.restore()?;
         let exports = Arc::new(Exports::open(&self.spec, &self.sandbox)?);
         tracing::debug!("the supervisor is up");
@@ -199,6 +208,8 @@ impl Session {
         })?;
         tracing::debug!("the machine's process runs");
         let machine = up.started.machine.clone();
+        // As long as the machine.
+        let _network = up.started.network.clone();
         let wish = Rc::new(RefCell::new(None));
         let talk = self.converse(&exports, &listener, up, lease, terminate, &wish);
         let ended = tokio::select! {
@@ -282,11 +293,11 @@ impl Session {
         restore: Restore,
         exports: &Exports,
     ) -> Result<Option<Up>, Problem> {
-        let Restore { from, machine, epoch, tables, fingerprint, .. } = restore;
+        let Restore { from, machine, epoch, tables, fingerprint, flows, .. } = restore;
         exports.adopt(&tables, from)?;
         let epoch =
             epoch.checked_add(1).ok_or_else(|| plain("restore", "it was restored too often", None))?;
-        let mut started = self.start_machine(program, lock, reach, Some((machine, &fingerprint))).await?;
+        let mut started = self.start_machine(program, lock, reach, Some((machine, &fingerprint)), flows).await?;
         tracing::debug!("the machine's process is jailed");
         let mut port = Port::new(started.take_stream()?);
         port.hail(epoch).await.map_err(|error| problem("restore", &error, None))?;
@@ -319,7 +330,7 @@ impl Session {
     ) -> Result<Option<Up>, Problem> {
         let mut limits = BOOT_LIMITS.iter();
         loop {
-            let mut started = self.start_machine(program, lock, reach, None).await?;
+            let mut started = self.start_machine(program, lock, reach, None, Vec::new()).await?;
             let mut port = Port::new(started.take_stream()?);
             let epoch = 1;
             port.hail(epoch).await.map_err(|error| problem("boot", &error, None))?;
@@ -346,12 +357,14 @@ impl Session {
         lock: &std::fs::File,
         reach: &Reach,
         restore: Option<(agentkernel_machine::qemu::Restore, &saved::Fingerprint)>,
+        broken: Vec<Flow>,
     ) -> Result<machine::Started, Problem> {
         let watched = reach.clone();
         let watchers = move || confine_thread(&watched);
         let log = self.record.console();
+        let network = network::start(&self.spec, self.sandbox.path(), self.proxy.clone(), &[], broken)?;
         let started =
-            machine::start(&self.spec, &self.sandbox, program, lock, restore, log, watchers).await?;
+            machine::start(&self.spec, &self.sandbox, program, lock, restore, network, log, watchers).await?;
         {
             let mut live = self.live.borrow_mut();
             live.machine = Some(started.machine.process());
@@ -430,7 +443,13 @@ impl Session {
                 self.spec.clone(),
                 self.sandbox.path().to_owned(),
                 exports.clone(),
-                Still::new(started.machine.clone(), opener.clone(), epoch, self.sandbox.is_template()),
+                Still::new(
+                    started.machine.clone(),
+                    started.network.clone(),
+                    opener.clone(),
+                    epoch,
+                    self.sandbox.is_template(),
+                ),
                 stops,
             ));
             let reason = tokio::select! {
@@ -485,6 +504,7 @@ impl Session {
             },
             writable: Writable::Disk { serial: machine::WRITABLE_SERIAL.into() },
             prepare: if self.sandbox.is_template() { Exports::WORKSPACE.into() } else { String::new() },
+            link: network::link(),
         });
         // A template is saved before it is anybody's.
         let furnish = needs != Needs::Identity && !self.sandbox.is_template();

@@ -120,16 +120,8 @@ impl<E: Executor> Solver<'_, E> {
         let running = state.machine.as_mut().ok_or_else(|| Failure::new("the stage has no machine"))?;
         let upper = running.number();
         let lower = running.numbers.clone();
-        let step = Step {
-            arguments,
-            environment,
-            directory,
-            user,
-            lower,
-            upper,
-            network,
-            mounts: mounts.mounts,
-        };
+        let step =
+            Step { arguments, environment, directory, user, lower, upper, network, mounts: mounts.mounts };
         let mut tail = Vec::new();
         let on_event = &mut self.on_event;
         let end = running.machine.run(&step, &mut |bytes| {

@@ -159,10 +159,7 @@ impl Plan {
     pub(super) fn network(&mut self, card: NetworkCard) {
         let NetworkCard { cable, address, mtu } = card;
         let number = self.descriptor(cable.into());
-        self.option(
-            "-netdev",
-            &format!("stream,id=network,server=off,addr.type=fd,addr.str={number}"),
-        );
+        self.option("-netdev", &format!("stream,id=network,server=off,addr.type=fd,addr.str={number}"));
         let address = address.map(|byte| format!("{byte:02x}")).join(":");
         let off = [
             "csum",

@@ -7,8 +7,8 @@ use std::path::Path;
 use agentkernel_machine::qemu::NetworkCard;
 use agentkernel_network::audit::AuditLog;
 use agentkernel_network::{
-    Flow, GUEST, GUEST_HARDWARE_ADDRESS, HOST, MTU, Mode, Network, PREFIX, Policy, Proxy, Published, Settings,
-    Upstream,
+    Flow, GUEST, GUEST_HARDWARE_ADDRESS, HOST, MTU, Mode, Network, PREFIX, Policy, Proxy, Published,
+    Settings, Upstream,
 };
 use agentkernel_protocol::message::Link;
 
@@ -109,7 +109,8 @@ fn address(word: &str) -> Option<SocketAddr> {
     match (address.parse().ok()?, zone) {
         (address, None) => Some(SocketAddr::new(address, DNS_PORT)),
         (IpAddr::V6(address), Some(zone)) => {
-            let index = || std::fs::read_to_string(Path::new("/sys/class/net").join(zone).join("ifindex")).ok();
+            let index =
+                || std::fs::read_to_string(Path::new("/sys/class/net").join(zone).join("ifindex")).ok();
             // A zone is a number or a name, and a name is no path.
             let scope = match zone.parse() {
                 Ok(number) => number,

@@ -297,7 +297,8 @@ impl Session {
         exports.adopt(&tables, from)?;
         let epoch =
             epoch.checked_add(1).ok_or_else(|| plain("restore", "it was restored too often", None))?;
-        let mut started = self.start_machine(program, lock, reach, Some((machine, &fingerprint)), flows).await?;
+        let mut started =
+            self.start_machine(program, lock, reach, Some((machine, &fingerprint)), flows).await?;
         tracing::debug!("the machine's process is jailed");
         let mut port = Port::new(started.take_stream()?);
         port.hail(epoch).await.map_err(|error| problem("restore", &error, None))?;

@@ -349,6 +349,7 @@ fn refusals_are_told_at_once_with_what_would_allow() {
 
     // UDP: refused by an ICMP message that quotes it.
     let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+    server.set_read_timeout(Some(guest::PATIENCE)).unwrap();
     let port = server.local_addr().unwrap().port();
     let to = SocketAddrV4::new(HOST, port);
     guest.send_packet(&datagram(own, to, b"hello"));

@@ -49,7 +49,7 @@ pub(crate) struct Segment {
     pub destination: u16,
     pub begins: bool,
     pub resets: bool,
-    sequence: TcpSeqNumber,
+    pub sequence: TcpSeqNumber,
     acknowledges: Option<TcpSeqNumber>,
     length: usize,
 }

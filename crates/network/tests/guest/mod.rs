@@ -1,5 +1,5 @@
 //! A guest without a machine: a TCP/IP stack of the test's own at the other end of the network's stream.
-#![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of it")]
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
@@ -268,6 +268,7 @@ impl Guest {
 
     #[track_caller]
     pub fn send(&mut self, handle: SocketHandle, bytes: &[u8]) {
+        self.is_open(handle);
         let mut rest = bytes;
         self.until("bytes are sent", |guest| {
             let count = guest.socket(handle).send_slice(rest).expect("an open connection");
@@ -279,6 +280,7 @@ impl Guest {
     /// Everything until the other end has ended or reset it.
     #[track_caller]
     pub fn receive_all(&mut self, handle: SocketHandle) -> Vec<u8> {
+        self.is_open(handle);
         let mut all = Vec::new();
         self.until("a connection ends", |guest| {
             let socket = guest.socket(handle);

@@ -12,6 +12,8 @@ mod budget;
 mod connection;
 mod datagrams;
 mod decide;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod inspect;
 mod link;
 mod names;

@@ -1,5 +1,7 @@
 //! What a decision costs with a hundred rules: `cargo bench -p agentkernel-network --bench policy`. At most 5 us each.
 
+#![allow(missing_docs, reason = "the macro of criterion writes a function without")]
+
 use std::hint::black_box;
 
 use agentkernel_network::{Mode, Policy, Protocol, Rule};

@@ -47,7 +47,6 @@ fn much_is_echoed_unchanged() {
         }
         (received.len() >= MANY && !socket.may_recv()).then_some(())
     });
-    println!("20 MiB echoed in {:?}", began.elapsed());
     assert!(received == sent);
     let entry = guest.recorded(Verdict::Ended, Kind::Tcp);
     assert_eq!((entry.sent, entry.received), (Some(MANY as u64), Some(MANY as u64)));

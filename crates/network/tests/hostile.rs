@@ -50,9 +50,7 @@ fn a_flood_of_beginnings() {
     let flood = syns(20_000, |_| SocketAddrV4::new(HOST, port));
     let began = Instant::now();
     guest.flood(&flood);
-    println!("20 000 SYNs in {:?}", began.elapsed());
     let most = memory().saturating_sub(memory_before);
-    println!("{} MiB, {} descriptors", most >> 20, descriptors().saturating_sub(descriptors_before));
     assert!(guest.flows().len() <= 1024);
     assert!(most < MEMORY + (40 << 20), "{} MiB", most >> 20);
     guest.device.raw.clear();
@@ -88,7 +86,6 @@ fn ten_thousand_connections() {
     }
     guest.until("the oldest is given up", |guest| (!guest.socket(oldest).is_open()).then_some(()));
     let most = memory().saturating_sub(before);
-    println!("{} MiB", most >> 20);
     assert!(most < MEMORY + (40 << 20), "{} MiB", most >> 20);
     assert!(guest.flows().len() <= 1024);
     let entry = guest.recorded(Verdict::Dropped, Kind::Tcp);
@@ -124,7 +121,6 @@ fn floods_of_datagrams_and_questions() {
     drop(stream);
     let (most, open) =
         (memory().saturating_sub(memory_before), descriptors().saturating_sub(descriptors_before));
-    println!("{} MiB, {open} descriptors", most >> 20);
     assert!(most < MEMORY, "{} MiB", most >> 20);
     assert!(open < 256 + 64 + 512, "{open}");
     let record: u64 = std::fs::read_dir(guest.directory.path())

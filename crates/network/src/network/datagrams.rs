@@ -161,14 +161,15 @@ fn begin(inner: &Rc<Inner>, flow: Flow, permit: &Permit, slot: Slot) -> std::io:
                 () = tokio::time::sleep(left), if !left.is_zero() => continue,
                 () = std::future::ready(()), if left.is_zero() => break,
             }
-            let mut buffer = inner.datagram.borrow_mut();
-            match socket.try_recv(&mut buffer) {
-                Ok(length) => hear(&inner, flow, &hearing, &buffer[..length]),
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-                // The host was told that nobody is there. Whoever asks again may be heard.
-                Err(error) => failed = Some(error.to_string()),
+            {
+                let mut buffer = inner.datagram.borrow_mut();
+                match socket.try_recv(&mut buffer) {
+                    Ok(length) => hear(&inner, flow, &hearing, &buffer[..length]),
+                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                    // The host was told that nobody is there. Whoever asks again may be heard.
+                    Err(error) => failed = Some(error.to_string()),
+                }
             }
-            drop(buffer);
             // Whoever says much without end must not keep the others from their turn.
             tokio::task::yield_now().await;
         }

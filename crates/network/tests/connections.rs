@@ -27,7 +27,6 @@ fn much_is_echoed_unchanged() {
     let sent = noise(MANY, 1);
     let mut rest = &sent[..];
     let mut received = Vec::new();
-    let began = Instant::now();
     guest.until("all is echoed", |guest| {
         let socket = guest.socket(handle);
         if socket.may_send() && !rest.is_empty() {

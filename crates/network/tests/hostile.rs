@@ -5,7 +5,7 @@ mod guest;
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use agentkernel_network::audit::{Kind, Verdict};
 use agentkernel_network::{GUEST, HOST, Mode};

@@ -7,7 +7,7 @@
 //! HOME/build-cache                 what steps made
 //! ```
 
-mod addresses;
+pub(crate) mod addresses;
 mod docker;
 mod fetch;
 mod machine;

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
 use crate::configuration::{CommandPolicy, Profile};
+use crate::network::NetworkSpec;
 use crate::problem::{Problem, io, os, plain};
 use crate::project::Workspace;
 use crate::state::{fill_random, random_word, write_atomically};
@@ -58,6 +59,9 @@ pub struct Spec {
     pub labels: BTreeMap<String, String>,
     /// Content of `/etc/machine-id`.
     pub machine_id: String,
+    /// What it may reach, and the ports that lead into it.
+    #[serde(default)]
+    pub network: NetworkSpec,
 }
 
 /// How programs run unless they are told otherwise.

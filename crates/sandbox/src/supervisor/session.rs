@@ -194,6 +194,8 @@ impl Session {
         }
         let restore = self.restore()?;
         let exports = Arc::new(Exports::open(&self.spec, &self.sandbox)?);
+        // TODO(wire): give to Network.
+        let _published = crate::network::publish(&self.spec, &self.sandbox)?;
         tracing::debug!("the supervisor is up");
         let reach = Reach {
             read: exports.read_roots(),

@@ -63,7 +63,10 @@ mod texts {
 
     use serde::{Deserialize, Deserializer, Serializer, de};
 
-    pub(super) fn serialize<T: Display, S: Serializer>(rules: &[T], serializer: S) -> Result<S::Ok, S::Error> {
+    pub(super) fn serialize<T: Display, S: Serializer>(
+        rules: &[T],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         serializer.collect_seq(rules.iter().map(T::to_string))
     }
 
@@ -201,7 +204,8 @@ impl NetworkSpec {
         }
         for (index, port) in self.ports.iter().enumerate() {
             if let Some(other) = self.ports[..index].iter().find(|other| port.clashes(other)) {
-                let message = format!("{port} and {other} cannot both be published: the host's port is the same");
+                let message =
+                    format!("{port} and {other} cannot both be published: the host's port is the same");
                 return Err(plain("ports", message, Some("give each port of this machine once")));
             }
         }
@@ -434,7 +438,10 @@ pub fn refusals(entries: &[Entry]) -> Refusals {
         }
         places.insert(key, refusals.list.len());
         refusals.list.push(Refused {
-            target: target(&Entry { address: entry.address.filter(|_| entry.name.is_none()), ..entry.clone() }),
+            target: target(&Entry {
+                address: entry.address.filter(|_| entry.name.is_none()),
+                ..entry.clone()
+            }),
             reason: entry.reason.clone().unwrap_or_else(|| entry.rule.clone()),
             allow: entry.allow.clone(),
             hint: hint(entry),

@@ -7,14 +7,11 @@ use std::path::Path;
 use agentkernel_machine::qemu::NetworkCard;
 use agentkernel_network::audit::AuditLog;
 use agentkernel_network::{
-    Flow, GUEST, GUEST_HARDWARE_ADDRESS, HOST, MTU, Mode, Network, PREFIX, Policy, Proxy, Published,
-    Settings, Upstream,
+    Flow, GUEST, GUEST_HARDWARE_ADDRESS, HOST, MTU, Network, PREFIX, Proxy, Published, Settings, Upstream,
 };
 use agentkernel_protocol::message::Link;
 
 use super::confine::confine_network;
-use crate::build::addresses;
-use crate::configuration::NetworkMode;
 use crate::problem::{Problem, io, plain};
 use crate::spec::Spec;
 
@@ -40,7 +37,7 @@ pub(super) fn start(
     let what = "start the sandbox's network";
     let (near, cable) = UnixStream::pair().map_err(io(what))?;
     let settings = Settings {
-        policy: policy(spec),
+        policy: spec.network.policy(),
         resolvers: resolvers(),
         proxy: proxy.filter(is_usable),
         published: published.iter().map(again).collect::<Result<_, _>>().map_err(io(what))?,
@@ -65,14 +62,6 @@ pub(super) const fn link() -> Link {
 /// Whether the network speaks to such a proxy.
 pub(super) fn is_usable(proxy: &Proxy) -> bool {
     proxy.url.split_once("://").is_none_or(|(scheme, _)| scheme.eq_ignore_ascii_case("http"))
-}
-
-fn policy(spec: &Spec) -> Policy {
-    let mode = match spec.profile.settings().network {
-        NetworkMode::None => Mode::None,
-        NetworkMode::Public => Mode::Public,
-    };
-    Policy::new(mode, Vec::new(), Vec::new(), addresses::own())
 }
 
 /// The same socket once more: a machine that does not come up is followed by another.

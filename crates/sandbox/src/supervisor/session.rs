@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use agentkernel_machine::accelerator::Accelerator;
-use agentkernel_network::Flow;
+use agentkernel_network::{Flow, Published};
 use agentkernel_protocol::control::{ControlReply, Event, LeaseInput};
 use agentkernel_protocol::frame;
 use agentkernel_protocol::message::{
@@ -67,6 +67,14 @@ enum Needs {
     Furniture,
     /// Who it is: it was another sandbox.
     Identity,
+}
+
+/// What a machine is started with, however often that is tried.
+struct Ground<'a> {
+    program: &'a Path,
+    lock: &'a std::fs::File,
+    reach: &'a Reach,
+    published: &'a [Published],
 }
 
 /// A machine whose agent has something to say.
@@ -194,17 +202,19 @@ impl Session {
         }
         let restore = self.restore()?;
         let exports = Arc::new(Exports::open(&self.spec, &self.sandbox)?);
-        // TODO(wire): give to Network.
-        let _published = crate::network::publish(&self.spec, &self.sandbox)?;
+        let published = crate::network::publish(&self.spec, &self.sandbox)?;
         tracing::debug!("the supervisor is up");
         let reach = Reach {
             read: exports.read_roots(),
             write: exports.write_roots(),
             own: self.sandbox.path().to_owned(),
         };
-        let Some(up) = self.come_up(program, lease, lock, &reach, restore, &exports).await? else {
+        let ground = Ground { program, lock, reach: &reach, published: &published };
+        let Some(up) = self.come_up(&ground, lease, restore, &exports).await? else {
             return Ok(Wish::LeaseEnded);
         };
+        // The network has them.
+        drop(published);
         confine(&reach).map_err(|message| {
             plain("confinement", format!("the supervisor cannot confine itself: {message}"), None)
         })?;
@@ -262,16 +272,14 @@ impl Session {
     /// confined yet.
     async fn come_up(
         &self,
-        program: &Path,
+        ground: &Ground<'_>,
         lease: &mut Lease,
-        lock: &std::fs::File,
-        reach: &Reach,
         restore: Option<Restore>,
         exports: &Exports,
     ) -> Result<Option<Up>, Problem> {
-        let Some(restore) = restore else { return self.boot(program, lease, lock, reach).await };
+        let Some(restore) = restore else { return self.boot(ground, lease).await };
         let (from, directory) = (restore.from, restore.directory.clone());
-        let failed = match self.resume(program, lease, lock, reach, restore, exports).await {
+        let failed = match self.resume(ground, lease, restore, exports).await {
             Ok(Some(up)) => return Ok(Some(up)),
             Ok(None) => return Ok(None),
             Err(problem) => problem,
@@ -282,16 +290,14 @@ impl Session {
         // A template only saves time. Its disk is a whole one, whatever its memory is.
         crate::templates::forget(self.sandbox.home(), &directory);
         self.record.say("warning", &format!("a template was not used: {}", failed.message));
-        self.boot(program, lease, lock, reach).await
+        self.boot(ground, lease).await
     }
 
     /// Has a machine go on from where it was saved.
     async fn resume(
         &self,
-        program: &Path,
+        ground: &Ground<'_>,
         lease: &mut Lease,
-        lock: &std::fs::File,
-        reach: &Reach,
         restore: Restore,
         exports: &Exports,
     ) -> Result<Option<Up>, Problem> {
@@ -299,8 +305,7 @@ impl Session {
         exports.adopt(&tables, from)?;
         let epoch =
             epoch.checked_add(1).ok_or_else(|| plain("restore", "it was restored too often", None))?;
-        let mut started =
-            self.start_machine(program, lock, reach, Some((machine, &fingerprint)), flows).await?;
+        let mut started = self.start_machine(ground, Some((machine, &fingerprint)), flows).await?;
         tracing::debug!("the machine's process is jailed");
         let mut port = Port::new(started.take_stream()?);
         port.hail(epoch).await.map_err(|error| problem("restore", &error, None))?;
@@ -324,16 +329,10 @@ impl Session {
     }
 
     /// Starts the machine, again if it does not come up; `None` if nobody waits for it any more.
-    async fn boot(
-        &self,
-        program: &Path,
-        lease: &mut Lease,
-        lock: &std::fs::File,
-        reach: &Reach,
-    ) -> Result<Option<Up>, Problem> {
+    async fn boot(&self, ground: &Ground<'_>, lease: &mut Lease) -> Result<Option<Up>, Problem> {
         let mut limits = BOOT_LIMITS.iter();
         loop {
-            let mut started = self.start_machine(program, lock, reach, None, Vec::new()).await?;
+            let mut started = self.start_machine(ground, None, Vec::new()).await?;
             let mut port = Port::new(started.take_stream()?);
             let epoch = 1;
             port.hail(epoch).await.map_err(|error| problem("boot", &error, None))?;
@@ -356,16 +355,15 @@ impl Session {
 
     async fn start_machine(
         &self,
-        program: &Path,
-        lock: &std::fs::File,
-        reach: &Reach,
+        ground: &Ground<'_>,
         restore: Option<(agentkernel_machine::qemu::Restore, &saved::Fingerprint)>,
         broken: Vec<Flow>,
     ) -> Result<machine::Started, Problem> {
+        let Ground { program, lock, reach, published } = *ground;
         let watched = reach.clone();
         let watchers = move || confine_thread(&watched);
         let log = self.record.console();
-        let network = network::start(&self.spec, self.sandbox.path(), self.proxy.clone(), &[], broken)?;
+        let network = network::start(&self.spec, self.sandbox.path(), self.proxy.clone(), published, broken)?;
         let started =
             machine::start(&self.spec, &self.sandbox, program, lock, restore, network, log, watchers).await?;
         {

@@ -293,3 +293,79 @@ fn drop_capabilities(needed: CapabilitySet) -> Result<(), String> {
     };
     drop().map_err(|error: rustix::io::Errno| format!("capabilities: {error}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{ErrorKind, Write};
+    use std::net::{TcpListener, TcpStream, UdpSocket};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn the_networks_thread_has_sockets_and_nothing_else() {
+        let before = Filtered::of("/proc/thread-self/status").unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("record");
+        let mut record = File::create(&path).unwrap();
+        let parent = rustix::process::getppid().unwrap();
+        let thread = std::thread::spawn(move || {
+            confine_network().unwrap();
+            TcpStream::connect(address).unwrap();
+            UdpSocket::bind("127.0.0.1:0").unwrap();
+            record.write_all(b"written").unwrap();
+            record.set_len(4).unwrap();
+            let denied = |result: std::io::Result<()>, what: &str| {
+                let error = result.expect_err(what);
+                assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{what}: {error}");
+            };
+            let socket = |family, kind, protocol| {
+                rustix::net::socket(family, kind, protocol).map(drop).map_err(Into::into)
+            };
+            use rustix::net::{AddressFamily, SocketType, ipproto};
+            denied(UnixStream::connect("/run/x").map(drop), "a socket by path");
+            denied(UnixStream::pair().map(drop), "a pair of sockets");
+            denied(socket(AddressFamily::NETLINK, SocketType::RAW, None), "netlink");
+            denied(socket(AddressFamily::PACKET, SocketType::DGRAM, None), "packets");
+            denied(socket(AddressFamily::INET, SocketType::DGRAM, Some(ipproto::ICMP)), "ICMP");
+            denied(TcpListener::bind("127.0.0.1:0").map(drop), "listening");
+            denied(File::open("/dev/null").map(drop), "a file");
+            denied(File::create(path.with_file_name("new")).map(drop), "a new file");
+            denied(std::process::Command::new("/bin/true").status().map(drop), "a program");
+            denied(rustix::process::test_kill_process(parent).map_err(Into::into), "a signal");
+            let pidfd = rustix::process::pidfd_open(parent, rustix::process::PidfdFlags::empty());
+            denied(pidfd.map(drop).map_err(Into::into), "another process");
+            assert!(rustix::thread::capabilities(None).unwrap().permitted.is_empty());
+            // What it starts gets the same.
+            std::thread::spawn(move || denied(File::open("/dev/null").map(drop), "a file")).join().unwrap();
+            path
+        });
+        let path = thread.join().expect("the network's thread");
+        assert_eq!(std::fs::read(path).unwrap(), b"writ");
+        // This thread is as it was, and found out.
+        assert_eq!(Filtered::of("/proc/thread-self/status").unwrap(), before);
+        assert!(all_filtered(&before).unwrap_err().contains("is not filtered"));
+    }
+
+    #[test]
+    fn a_filter_of_somebody_elses_is_not_ours() {
+        let status = |privileges, mode, filters: &str| {
+            Filtered::parse(&format!("Name:\tx\nNoNewPrivs:\t{privileges}\nSeccomp:\t{mode}\n{filters}"))
+        };
+        let container = status(0, 2, "Seccomp_filters:\t1\n");
+        assert!(status(1, 2, "Seccomp_filters:\t2\n").is_confined(&container));
+        for other in [
+            status(1, 2, "Seccomp_filters:\t1\n"),
+            status(0, 2, "Seccomp_filters:\t2\n"),
+            status(1, 0, "Seccomp_filters:\t2\n"),
+            Filtered::parse(""),
+        ] {
+            assert!(!other.is_confined(&container), "{other:?}");
+        }
+        let old = status(0, 0, "");
+        assert!(status(1, 2, "").is_confined(&old) && !old.is_confined(&old));
+    }
+}

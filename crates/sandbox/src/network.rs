@@ -627,7 +627,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read(bind in any::<std::net::IpAddr>(), host in any::<u16>(), guest in 1u16.., udp in any::<bool>()) {
+        fn what_is_written_is_read(bind in any::<IpAddr>(), host in any::<u16>(), guest in 1u16.., udp in any::<bool>()) {
             let port = PublishedPort { bind, host, guest, udp, picked: false };
             prop_assert_eq!(port.to_string().parse(), Ok(port));
         }

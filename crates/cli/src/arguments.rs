@@ -7,6 +7,7 @@ use std::time::Duration;
 use agentkernel_sandbox::build::NetworkRule;
 use agentkernel_sandbox::client::Warmth;
 use agentkernel_sandbox::configuration::Profile;
+use agentkernel_sandbox::network::PublishedPort;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::values;
@@ -73,6 +74,7 @@ pub(crate) enum SandboxVerb {
     ExecLogs(ExecLogsArguments),
     ExecKill(ExecKillArguments),
     Logs(LogsArguments),
+    Audit(AuditArguments),
     Cp(CopyArguments),
     Diff(DiffArguments),
     Apply(ApplyArguments),
@@ -215,6 +217,7 @@ Examples:
   agentkernel run --memory 4G --vcpus 4 --timeout 10m -- make -j4
   git diff | agentkernel run -- wc -l
   agentkernel run --image ./python-image.tar -- python3 --version
+  agentkernel run --no-network --allow '*.example.com:443' -- make fetch
   agentkernel run --json -- ls | jq .exit_code";
 
 /// What the machine is made of, and what its commands find in it.
@@ -233,12 +236,23 @@ pub(crate) struct SandboxArguments {
     /// or nothing (none) [default: cow].
     #[arg(long, value_name = "MODE")]
     pub workspace: Option<WorkspaceMode>,
-    /// What the sandbox may reach [default: none].
+    /// What the sandbox may reach [default: public].
     #[arg(long, value_name = "MODE")]
     pub network: Option<Network>,
     /// The same as --network none.
     #[arg(long, conflicts_with = "network")]
     pub no_network: bool,
+    /// Let the sandbox reach this: NAME, *.NAME, an address or a range, each with :PORT and /udp if wanted. With --network
+    /// none nothing else is reached. What is private is reached only if its address is allowed, never by its name.
+    #[arg(long, value_name = "RULE")]
+    pub allow: Vec<NetworkRule>,
+    /// Keep the sandbox from reaching this, whatever is allowed.
+    #[arg(long, value_name = "RULE")]
+    pub deny: Vec<NetworkRule>,
+    /// Open a port of this machine that leads to one of the sandbox's; on 127.0.0.1 unless another address is given, and 0
+    /// picks a free one.
+    #[arg(short = 'P', long, value_name = "[BIND:]HOST:GUEST[/udp]")]
+    pub publish: Vec<PublishedPort>,
     /// Set a variable for every command; without a value, take this shell's.
     #[arg(short, long, value_name = "K[=V]")]
     pub env: Vec<OsString>,
@@ -313,6 +327,7 @@ const CREATE_EXAMPLES: &str = "\
 Examples:
   agentkernel create dev
   agentkernel create ci --profile restrictive --memory 1G --ttl 2h --label job=42
+  agentkernel create web -P 8080:80
   agentkernel create data -v ~/datasets:/data:ro -v cache:/var/cache/app
   agentkernel create tools --image ./tools.tar --no-start";
 
@@ -473,7 +488,28 @@ pub(crate) struct ExecKillArguments {
     pub signal: Option<i32>,
 }
 
-/// Show a sandbox's own record: its lifecycle and its console.
+/// Show what a sandbox's network decided: what was reached, what was refused and why, by which rule.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  agentkernel audit dev
+  agentkernel audit dev --refused
+  agentkernel audit dev --json | jq -r 'select(.verdict == \"refused\") | .allow'")]
+pub(crate) struct AuditArguments {
+    /// Name or UUID.
+    pub name: String,
+    /// Only what was refused.
+    #[arg(long)]
+    pub refused: bool,
+    /// Go on until interrupted.
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Print one JSON object a line.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Show a sandbox's own record: its lifecycle, its console, and what its network refused.
 #[derive(Debug, Args)]
 pub(crate) struct LogsArguments {
     /// Name or UUID.
@@ -593,7 +629,7 @@ pub(crate) struct BuildArguments {
     pub no_cache: bool,
     /// What ADD reaches of the network; RUN steps have none [default: public].
     #[arg(long, value_name = "MODE")]
-    pub network: Option<BuildNetwork>,
+    pub network: Option<Network>,
     /// Let ADD reach this: NAME, *.NAME, an address or a range, each with :PORT and /udp if wanted. With --network none
     /// nothing else is reached. What is private is reached only if its address is allowed, never by its name.
     #[arg(long, value_name = "RULE")]
@@ -622,7 +658,7 @@ pub(crate) struct BuildArguments {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum BuildNetwork {
+pub(crate) enum Network {
     /// Nothing but what --allow names.
     None,
     /// What is public: nothing of this machine, nor of the networks around it.
@@ -813,14 +849,6 @@ pub(crate) enum WorkspaceMode {
     Rw,
     Ro,
     None,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Network {
-    /// Nothing.
-    None,
-    /// The internet; refused until this version's successor brings it.
-    Public,
 }
 
 /// Write a sandbox's changes, or those of the last `run`, to the workspace.

@@ -466,3 +466,177 @@ fn hint(entry: &Entry) -> String {
         (None, _) => format!("leave out --deny {}, or that rule of the configuration", entry.rule),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn port(text: &str) -> PublishedPort {
+        text.parse().unwrap()
+    }
+
+    fn spec(ports: &[&str]) -> NetworkSpec {
+        NetworkSpec { ports: ports.iter().map(|text| port(text)).collect(), ..NetworkSpec::default() }
+    }
+
+    #[test]
+    fn ports_as_people_write_them() {
+        for (text, written) in [
+            ("8080:80", "127.0.0.1:8080:80"),
+            ("0:80", "127.0.0.1:0:80"),
+            ("8080:80/tcp", "127.0.0.1:8080:80"),
+            ("5353:53/udp", "127.0.0.1:5353:53/udp"),
+            ("0.0.0.0:8080:80", "0.0.0.0:8080:80"),
+            ("[::1]:8080:80/udp", "[::1]:8080:80/udp"),
+            ("[::]:65535:65535", "[::]:65535:65535"),
+        ] {
+            assert_eq!(port(text).to_string(), written);
+        }
+        for (text, reason) in [
+            ("80", "0:80 picks a free one"),
+            ("80/udp", "0:80 picks a free one"),
+            ("", "write HOST:GUEST"),
+            ("web", "write HOST:GUEST"),
+            ("8080:", "`` is no port; there are 1 to 65535"),
+            (":80", "`` is no port; there are 0 to 65535"),
+            ("8080:0", "`0` is no port; there are 1"),
+            ("65536:80", "`65536` is no port"),
+            ("+80:80", "`+80` is no port"),
+            ("8080:80/sctp", "only /tcp and /udp"),
+            ("8080:80/udp/tcp", "only /tcp and /udp"),
+            ("::1:8080:80", "stands in brackets: [::1]:8080:80"),
+            ("[::1:8080:80", "stands in brackets"),
+            ("[127.0.0.1]:8080:80", "is no address of this machine"),
+            ("localhost:8080:80", "`localhost` is no address of this machine"),
+            (":8080:80", "`` is no address"),
+        ] {
+            let error = text.parse::<PublishedPort>().unwrap_err().to_string();
+            assert!(error.contains(reason), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn specs_of_before_have_no_network_and_rules_are_texts() {
+        let read = |text: &str| serde_json::from_str::<NetworkSpec>(text);
+        let written = r#"{"mode":"public","allow":["10.0.0.5:53/udp"],"deny":["*.bad.example"]}"#;
+        let spec = read(written).unwrap();
+        assert_eq!(serde_json::to_string(&spec).unwrap(), written);
+        assert_eq!(spec.describe(), "public and 10.0.0.5:53/udp, not *.bad.example");
+        assert!(read(r#"{"mode":"none","allow":["a..b"]}"#).is_err());
+        assert_eq!(NetworkSpec::default().describe(), "none");
+        let refusal = NetworkSpec::default().policy().resolve("a.example").unwrap_err();
+        assert_eq!(refusal.cause, Cause::NoNetwork);
+    }
+
+    #[test]
+    fn ports_that_clash_are_told() {
+        for (ports, good) in [
+            (&["80:80", "80:81/udp"][..], true),
+            (&["80:80", "127.0.0.2:80:80"], true),
+            (&["0:80", "0:80"], true),
+            (&["80:80", "80:81"], false),
+            (&["80:80", "0.0.0.0:80:81"], false),
+        ] {
+            assert_eq!(spec(ports).check().is_ok(), good, "{ports:?}");
+        }
+        assert!(spec(&["0:1"; 65]).check().is_err());
+    }
+
+    #[test]
+    fn picked_ports_stay_and_taken_ones_are_an_error() {
+        let mut first = spec(&["0:80", "0:53/udp"]);
+        let open = bind(&mut first).unwrap();
+        let picked: Vec<u16> = first.ports.iter().map(|port| port.host).collect();
+        assert!(open.len() == 2 && picked.iter().all(|port| *port > 0));
+        assert!(first.ports.iter().all(|port| port.picked));
+        // Somebody else wants the very same, with a free one before it.
+        let mut other = spec(&["0:80", &format!("{}:80", picked[0])]);
+        let problem = bind(&mut other).unwrap_err();
+        assert_eq!(problem.code, "port-taken");
+        assert!(problem.message.contains(&picked[0].to_string()), "{problem:?}");
+        assert!(problem.hint.unwrap().contains("0:80"));
+        // A copy has others.
+        let mut copy = first.clone().for_copy();
+        let copies = bind(&mut copy).unwrap();
+        assert!(copy.ports.iter().zip(&picked).all(|(port, taken)| port.host != *taken && port.guest > 0));
+        drop((open, copies));
+        let again = first.clone();
+        let _open = bind(&mut first).unwrap();
+        assert_eq!(first, again);
+        // What was picked and is gone is picked anew.
+        let mut late = again;
+        drop(bind(&mut late).unwrap());
+        assert!(late.ports[0].host != picked[0]);
+    }
+
+    fn refusal(kind: Kind, name: Option<&str>, port: Option<u16>, allow: &str) -> Entry {
+        Entry {
+            name: name.map(str::to_owned),
+            address: name.is_none().then_some(Ipv4Addr::new(192, 0, 2, 1).into()),
+            port,
+            allow: Some(allow.to_owned()),
+            reason: Some("the network policy refuses it: there is no network".into()),
+            ..Entry::new(Verdict::Refused, kind, "no network")
+        }
+    }
+
+    #[test]
+    fn refusals_are_told_once() {
+        let dns = |name: &str| refusal(Kind::Dns, Some(name), None, name);
+        let entries = [
+            dns("a.example"),
+            dns("a.example"),
+            dns("b.example"),
+            Entry::new(Verdict::Allowed, Kind::Dns, "public"),
+            refusal(Kind::Tcp, Some("b.example"), Some(80), "b.example:80"),
+            refusal(Kind::Tcp, None, Some(443), "192.0.2.1:443"),
+            Entry {
+                allow: None,
+                reason: Some("the network policy refuses c.example:80: denied by *.example".into()),
+                rule: "*.example".into(),
+                ..refusal(Kind::Tcp, Some("c.example"), Some(80), "")
+            },
+            Entry {
+                allow: None,
+                reason: Some("its TLS names no server".into()),
+                ..refusal(Kind::Tcp, None, Some(8443), "")
+            },
+        ];
+        let told = refusals(&entries);
+        let lines: Vec<String> = told
+            .list
+            .iter()
+            .map(|refused| format!("{} {} {}", refused.target, refused.count, refused.hint))
+            .collect();
+        assert_eq!(
+            lines,
+            [
+                "a.example 2 --network public, or this alone: --allow a.example",
+                "b.example:80 1 --network public, or this alone: --allow b.example:80",
+                "192.0.2.1:443 1 --network public, or this alone: --allow 192.0.2.1:443",
+                "c.example:80 1 leave out --deny *.example, or that rule of the configuration",
+                "192.0.2.1:8443 1 --allow 192.0.2.1:8443, which does not look at what is said",
+            ]
+        );
+        let many: Vec<Entry> = (0..500).map(|number| dns(&format!("n{number}.example"))).collect();
+        let told = refusals(&many);
+        assert_eq!((told.list.len(), told.others), (REFUSALS_LIMIT, 500 - REFUSALS_LIMIT as u64));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read(bind in any::<IpAddr>(), host in any::<u16>(), guest in 1u16.., udp in any::<bool>()) {
+            let port = PublishedPort { bind, host, guest, udp, picked: false };
+            prop_assert_eq!(port.to_string().parse(), Ok(port));
+        }
+
+        #[test]
+        fn any_text_is_a_port_or_none(text in "\\PC{0,20}|[0-9:/\\[\\]udp.]{0,20}") {
+            if let Ok(port) = text.parse::<PublishedPort>() {
+                prop_assert_eq!(port.to_string().parse(), Ok(port));
+            }
+        }
+    }
+}

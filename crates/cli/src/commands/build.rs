@@ -11,7 +11,7 @@ use agentkernel_sandbox::project::CONFIGURATION_FILE;
 use agentkernel_sandbox::{Problem, io, plain};
 
 use super::{images, launch};
-use crate::arguments::{BuildArguments, BuildEngine, BuildNetwork, BuildProgress};
+use crate::arguments::{BuildArguments, BuildEngine, BuildProgress, Network};
 use crate::{environment, ui};
 
 /// Largest secret, bytes.
@@ -84,8 +84,8 @@ fn egress(arguments: &BuildArguments) -> Result<Egress, Problem> {
         return Err(plain("build-network", message, Some("leave out --engine docker, or these")));
     }
     let mode = match arguments.network {
-        Some(BuildNetwork::None) => NetworkMode::None,
-        Some(BuildNetwork::Public) | None => NetworkMode::Public,
+        Some(Network::None) => NetworkMode::None,
+        Some(Network::Public) | None => NetworkMode::Public,
     };
     Ok(Egress { mode, allow: arguments.allow.clone(), deny: arguments.deny.clone() })
 }

@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 use agentkernel_protocol::message::{Exec, ExecFailure};
 use agentkernel_sandbox::client::Sandbox;
 use agentkernel_sandbox::executions::{self, Chunk, Execution, OutputReader, State};
+use agentkernel_sandbox::network::{self, AuditReader};
 use agentkernel_sandbox::spec::Spec;
 use agentkernel_sandbox::state::SandboxDirectory;
 use agentkernel_sandbox::{Problem, io, plain};
 use serde_bytes::ByteBuf;
 
 use super::execute::{Captured, Ended, Failure, Sink, Source, Streams, converse, execute};
-use super::outcome::{Outcome, explain};
+use super::outcome::{Outcome, explain, tell};
 use super::{block_on, launch, run};
 use crate::arguments::{
     AttachArguments, ExecArguments, ExecKillArguments, ExecListArguments, ExecLogsArguments, HowArguments,
@@ -42,15 +43,24 @@ pub(super) fn exec(arguments: &ExecArguments) -> Result<u8, Problem> {
         let json = arguments.how.json;
         let mut captured = Captured::default();
         let sink = if json { Sink::Capture(&mut captured) } else { Sink::Streams };
+        let mut decided = AuditReader::from_now(sandbox.directory().path());
         let ended = match execute(&sandbox, exec, Source::Stdin, sink).await {
             Ok(ended) => ended,
             Err(Failure::Broken) => return Err(sandbox.failure().await),
             Err(Failure::Problem(problem)) => return Err(problem),
         };
         let code = ended.code();
+        // A sandbox that is gone meanwhile has nothing to tell.
+        let refusals = network::refusals(&decided.read().unwrap_or_default());
+        if !arguments.quiet && !json {
+            tell(&refusals, Some(&spec.name));
+        }
         if json {
             let (start, total) = (Duration::ZERO, begun.elapsed());
-            ui::json(&Outcome::new(&ended, code, &captured, None, None, start, total));
+            let mut outcome = Outcome::new(&ended, code, &captured, None, None, start, total);
+            outcome.ports = spec.network.ports.iter().map(ToString::to_string).collect();
+            outcome.refusals = refusals.list;
+            ui::json(&outcome);
         } else if !arguments.quiet || matches!(ended, Ended::NotStarted { .. }) {
             explain(&ended, spec.memory_mib);
         }

@@ -4,7 +4,7 @@ use agentkernel_sandbox::client::Sandbox;
 use agentkernel_sandbox::inspect::SandboxInfo;
 use agentkernel_sandbox::{Problem, fork as forks};
 
-use super::{block_on, lifecycle};
+use super::{block_on, inspect, lifecycle};
 use crate::arguments::{ForkArguments, PauseArguments};
 use crate::{environment, ui};
 
@@ -38,6 +38,7 @@ pub(super) fn fork(arguments: &ForkArguments) -> Result<u8, Problem> {
         ui::data(&format!("{name}\n"));
     }
     if !arguments.quiet {
+        forked.children.iter().try_for_each(inspect::note_ports)?;
         ui::note(&format!("{} stood still for {} ms", parent.name(), forked.still.as_millis()));
     }
     Ok(0)

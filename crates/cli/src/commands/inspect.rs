@@ -1,9 +1,13 @@
 //! `agentkernel list`, `info`, `stats`, `logs`: what is known of sandboxes.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
+use agentkernel_sandbox::deadline::rfc3339;
 use agentkernel_sandbox::inspect::{SandboxInfo, Stats};
-use agentkernel_sandbox::record::RecordReader;
+use agentkernel_sandbox::network::{AuditReader, Verdict};
+use agentkernel_sandbox::record::{Entry, RecordReader};
+use agentkernel_sandbox::spec::Spec;
 use agentkernel_sandbox::state::{Phase, SandboxDirectory};
 use agentkernel_sandbox::{Problem, io};
 
@@ -42,10 +46,11 @@ pub(super) fn list(arguments: &ListArguments) -> Result<u8, Problem> {
                 ui::size(info.memory_mb << 20),
                 info.profile.name().to_owned(),
                 info.ttl.map_or_else(|| "-".to_owned(), |left| ui::time(Duration::from_secs(left))),
+                if info.ports.is_empty() { "-".to_owned() } else { info.ports.join(",") },
                 info.created_at.clone(),
             ]
         });
-        ui::table(&["NAME", "STATUS", "IMAGE", "CPUS", "MEMORY", "PROFILE", "TTL", "CREATED"], rows);
+        ui::table(&["NAME", "STATUS", "IMAGE", "CPUS", "MEMORY", "PROFILE", "TTL", "PORTS", "CREATED"], rows);
     }
     Ok(0)
 }
@@ -58,6 +63,7 @@ pub(super) fn info(arguments: &InfoArguments) -> Result<u8, Problem> {
         ui::json(&info);
         return Ok(0);
     }
+    let spec = Spec::load(directory.path())?;
     let none = || "-".to_owned();
     let workspace = match &info.workspace {
         Some(root) => format!("{} ({})", ui::path(root), ui::word(&info.workspace_mode)),
@@ -75,6 +81,8 @@ pub(super) fn info(arguments: &InfoArguments) -> Result<u8, Problem> {
         ("disk", ui::size(info.disk_mb << 20)),
         ("workspace", workspace),
         ("mounts", if info.mounts.is_empty() { none() } else { ui::line(&info.mounts.join(", ")) }),
+        ("network", spec.network.describe()),
+        ("ports", if info.ports.is_empty() { none() } else { info.ports.join(", ") }),
         ("labels", if labels.is_empty() { none() } else { ui::line(&labels.join(", ")) }),
         ("created", info.created_at.clone()),
         ("started", info.started_at.clone().unwrap_or_else(none)),
@@ -118,8 +126,19 @@ pub(super) fn logs(arguments: &LogsArguments) -> Result<u8, Problem> {
     let directory: SandboxDirectory = environment::home()?.find(&arguments.name)?;
     directory.repair();
     let mut record = RecordReader::new(directory.path());
+    let mut network = AuditReader::new(directory.path());
     loop {
-        for entry in record.read().map_err(io("read the sandbox's record"))? {
+        let mut entries = record.read().map_err(io("read the sandbox's record"))?;
+        let decided = network.read().map_err(io("read the network's record"))?;
+        let refused = decided.into_iter().filter(|entry| entry.verdict == Verdict::Refused);
+        entries.extend(refused.map(|entry| Entry {
+            time: rfc3339(entry.unix_ms),
+            event: "refused".to_owned(),
+            text: entry.reason.unwrap_or(entry.rule),
+        }));
+        // Those of the same moment stay in their order.
+        entries.sort_by(|one, other| one.time.cmp(&other.time));
+        for entry in entries {
             let line = if arguments.json {
                 serde_json::to_string(&entry).unwrap_or_default()
             } else {
@@ -134,4 +153,15 @@ pub(super) fn logs(arguments: &LogsArguments) -> Result<u8, Problem> {
         }
         std::thread::sleep(GLANCE);
     }
+}
+
+/// Says which ports of this machine lead into a sandbox.
+pub(super) fn note_ports(directory: &SandboxDirectory) -> Result<(), Problem> {
+    let spec = Spec::load(directory.path())?;
+    for port in &spec.network.ports {
+        let protocol = if port.udp { "/udp" } else { "" };
+        let from = SocketAddr::new(port.bind, port.host);
+        ui::note(&format!("{from}{protocol} leads to port {} of {}", port.guest, spec.name));
+    }
+    Ok(())
 }

@@ -12,13 +12,13 @@ use agentkernel_sandbox::configuration::{
 use agentkernel_sandbox::deadline::{Clocks, Deadline};
 use agentkernel_sandbox::images::Images;
 use agentkernel_sandbox::launch::{Launch, Request};
-use agentkernel_sandbox::network::NetworkSpec;
+use agentkernel_sandbox::network::{NetworkSpec, PublishedPort};
 use agentkernel_sandbox::project::{self, CONFIGURATION_FILE, Choice, WorkspaceMode};
 use agentkernel_sandbox::spec::{HostMount, MountSource, SpecFile};
 use agentkernel_sandbox::state::{HeldSandbox, Home};
 use agentkernel_sandbox::{Problem, client, io, launch, lifecycle, plain, problem};
 
-use super::images;
+use super::{images, inspect};
 use crate::arguments::{self, Network, SandboxArguments};
 use crate::{environment, ui, values};
 
@@ -63,10 +63,17 @@ pub(super) fn request(
     let (configuration, directory) = configuration(arguments.config.as_deref(), &current, &user.home)?;
     if arguments.config.is_none() {
         check_trust(arguments, &configuration)?;
+        check_network_trust(arguments, &configuration)?;
     }
     let profile = arguments.profile.or(configuration.profile).unwrap_or(Profile::Moderate);
     let settings = profile.settings();
     let network = network(arguments, &configuration, profile);
+    if let Some(rule) = network.idle_rules().first().filter(|_| !quiet) {
+        ui::note(&format!(
+            "--allow {rule} changes nothing under network public, where names reach only what is public; \
+             --network none makes it a list, an address rule reaches what is private"
+        ));
+    }
     let mode = match arguments.workspace {
         Some(arguments::WorkspaceMode::Cow) => WorkspaceMode::Cow,
         Some(arguments::WorkspaceMode::Rw) => WorkspaceMode::Rw,
@@ -135,8 +142,8 @@ pub(super) fn request(
         commands: configuration.commands,
         files: files.collect::<Result<_, _>>()?,
         init_script: configuration.init_script,
-        network,
         labels: arguments.label.iter().cloned().collect(),
+        network,
         user,
         path_variable: std::env::var_os("PATH").unwrap_or_else(|| OsString::from("/usr/bin:/bin")),
     })
@@ -197,15 +204,55 @@ fn check_trust(arguments: &SandboxArguments, configuration: &Configuration) -> R
     }
 }
 
-/// Flags beat the configuration, which beats the profile.
-fn network(arguments: &SandboxArguments, configuration: &Configuration, profile: Profile) -> NetworkSpec {
-    let mode = match arguments.network {
-        _ if arguments.no_network => NetworkMode::None,
-        Some(Network::None) => NetworkMode::None,
-        Some(Network::Public) => NetworkMode::Public,
-        None => configuration.network.unwrap_or(profile.settings().network),
+/// As [`check_trust`], for the network: names beyond what is public lead nowhere that the default does not. Addresses may
+/// be this machine's own and its networks', a port may be open to others, and who asked for nothing gets nothing.
+fn check_network_trust(arguments: &SandboxArguments, configuration: &Configuration) -> Result<(), Problem> {
+    let refuse = |what: String, flag: String| {
+        let hint = format!("if you trust this project: {flag}, or --config {CONFIGURATION_FILE}");
+        Err(plain("configuration", format!("{CONFIGURATION_FILE} asks for {what}"), Some(&hint)))
     };
-    NetworkSpec { mode, ..NetworkSpec::default() }
+    let nothing_asked = arguments.profile == Some(Profile::Restrictive) && arguments.network.is_none();
+    if nothing_asked && !arguments.no_network && configuration.network == Some(NetworkMode::Public) {
+        return refuse("a network".into(), "--network public".into());
+    }
+    if !is_none(arguments) {
+        let unasked = configuration.allow.iter().filter(|rule| !arguments.allow.contains(rule));
+        if let Some(rule) = { unasked }.find(|rule| nothing_asked || !rule.is_name()) {
+            return refuse(format!("what is at {rule}"), format!("--allow {rule}"));
+        }
+    }
+    let unasked = configuration.ports.iter().filter(|port| !arguments.publish.contains(port));
+    if let Some(port) = { unasked }.find(|port| !port.is_local()) {
+        return refuse(format!("a port that others may reach: {port}"), format!("--publish {port}"));
+    }
+    Ok(())
+}
+
+fn is_none(arguments: &SandboxArguments) -> bool {
+    arguments.no_network || arguments.network == Some(Network::None)
+}
+
+/// What the sandbox may reach: flags beat keys, which beat the profile. Rules of both hold; but whoever types that there is
+/// no network means to have what is typed alone.
+fn network(arguments: &SandboxArguments, configuration: &Configuration, profile: Profile) -> NetworkSpec {
+    let flag = match arguments.network {
+        Some(Network::Public) => Some(NetworkMode::Public),
+        _ => is_none(arguments).then_some(NetworkMode::None),
+    };
+    let mode = flag.or(configuration.network).unwrap_or(profile.settings().network);
+    let mut spec = NetworkSpec { mode, ..NetworkSpec::default() };
+    if flag != Some(NetworkMode::None) {
+        spec.allow.clone_from(&configuration.allow);
+    }
+    spec.allow.extend(arguments.allow.iter().cloned());
+    spec.deny = [&configuration.deny[..], &arguments.deny].concat();
+    // A flag about the same port of the guest's takes the key's place.
+    let said = |port: &PublishedPort| {
+        arguments.publish.iter().any(|flag| (flag.guest, flag.udp) == (port.guest, port.udp))
+    };
+    spec.ports = configuration.ports.iter().filter(|port| !said(port)).copied().collect();
+    spec.ports.extend(&arguments.publish);
+    spec
 }
 
 /// A mount's source is a path if it has a slash or is `.`, `..` or `~`; else it names a volume.
@@ -290,11 +337,101 @@ pub(super) async fn start(held: HeldSandbox, quiet: bool, warmth: Warmth) -> Res
             ui::raw(bytes);
         }
     };
+    if !quiet {
+        inspect::note_ports(lease.sandbox().directory())?;
+    }
     match lifecycle::initialise(lease.sandbox(), said).await {
         Ok(()) => Ok(lease),
         Err(problem) => {
             lease.release();
             Err(problem)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Flags {
+        #[command(flatten)]
+        sandbox: SandboxArguments,
+    }
+
+    fn flags(text: &str) -> SandboxArguments {
+        let words = std::iter::once("create").chain(text.split_whitespace());
+        Flags::try_parse_from(words).unwrap_or_else(|error| panic!("{error}")).sandbox
+    }
+
+    fn configured(text: &str) -> Configuration {
+        Configuration::parse(text, Path::new(CONFIGURATION_FILE)).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    #[test]
+    fn flags_beat_keys_which_beat_the_profile() {
+        for (text, keys, profile, expected) in [
+            ("", "", Profile::Moderate, "public"),
+            ("", "", Profile::Permissive, "public"),
+            ("", "", Profile::Restrictive, "none"),
+            ("", "network.mode = 'public'", Profile::Restrictive, "public"),
+            ("", "security.network = false", Profile::Moderate, "none"),
+            ("--network public", "security.network = false", Profile::Restrictive, "public"),
+            ("--no-network", "network.mode = 'public'", Profile::Permissive, "none"),
+            ("--network none", "network.allow = ['a.example']", Profile::Moderate, "none"),
+            (
+                "--no-network --allow b.example",
+                "network.allow = ['a.example']",
+                Profile::Moderate,
+                "only b.example",
+            ),
+            ("--allow b.example", "", Profile::Restrictive, "only b.example"),
+            (
+                "--allow 10.0.0.5:80 --deny b.example",
+                "security.domains.block = ['c.example']\nnetwork.deny = ['d.example']",
+                Profile::Moderate,
+                "public and 10.0.0.5:80, not d.example, c.example, b.example",
+            ),
+            (
+                "--allow b.example",
+                "security.domains = { allow = ['*.a.example'], allowlist_only = true }",
+                Profile::Moderate,
+                "only *.a.example, b.example",
+            ),
+        ] {
+            let spec = network(&flags(text), &configured(keys), profile);
+            assert_eq!(spec.describe(), expected, "{text} {keys}");
+        }
+        let keys = configured("network.ports = ['8080:80', '5353:53/udp']");
+        let spec = network(&flags("-P 9090:80 --publish 0:53"), &keys, Profile::Moderate);
+        let ports: Vec<String> = spec.ports.iter().map(ToString::to_string).collect();
+        assert_eq!(ports, ["127.0.0.1:5353:53/udp", "127.0.0.1:9090:80", "127.0.0.1:0:53"]);
+    }
+
+    #[test]
+    fn a_project_does_not_open_what_is_private() {
+        for (text, keys, hint) in [
+            ("", "network.mode = 'public'", None),
+            ("", "network.allow = ['a.example']", None),
+            ("", "network.ports = ['8080:80']", None),
+            ("", "network = { mode = 'none', allow = ['10.0.0.0/8'] }", Some("--allow 10.0.0.0/8")),
+            ("", "security.domains.allow = ['127.0.0.1']", Some("--allow 127.0.0.1")),
+            ("--allow 127.0.0.1", "security.domains.allow = ['127.0.0.1']", None),
+            ("--no-network", "network.allow = ['127.0.0.1']", None),
+            ("", "network.ports = ['0.0.0.0:8080:80']", Some("--publish 0.0.0.0:8080:80")),
+            ("-P 0.0.0.0:8080:80", "network.ports = ['0.0.0.0:8080:80']", None),
+            ("--profile restrictive", "network.mode = 'public'", Some("--network public")),
+            ("--profile restrictive", "network.allow = ['a.example']", Some("--allow a.example")),
+            ("--profile restrictive --no-network", "network.mode = 'public'", None),
+        ] {
+            let result = check_network_trust(&flags(text), &configured(keys));
+            let told = result.err().and_then(|problem| problem.hint);
+            match hint {
+                None => assert_eq!(told, None, "{text} {keys}"),
+                Some(hint) => assert!(told.unwrap_or_default().contains(hint), "{text} {keys}"),
+            }
         }
     }
 }

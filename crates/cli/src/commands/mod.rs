@@ -1,5 +1,6 @@
 //! One file a verb: takes its arguments, calls the engine, renders the outcome.
 
+mod audit;
 mod benchmark;
 mod build;
 mod completions;
@@ -78,6 +79,7 @@ fn dispatch_sandbox(verb: SandboxVerb) -> Result<u8, Problem> {
         SandboxVerb::ExecLogs(arguments) => exec::logs(&arguments),
         SandboxVerb::ExecKill(arguments) => exec::kill(&arguments),
         SandboxVerb::Logs(arguments) => inspect::logs(&arguments),
+        SandboxVerb::Audit(arguments) => audit::audit(&arguments),
         SandboxVerb::Cp(arguments) => copy::copy(&arguments),
         SandboxVerb::Diff(arguments) => review::diff(&arguments),
         SandboxVerb::Apply(arguments) => review::apply(&arguments),

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use agentkernel_protocol::message::{ExecFailure, Exit, ExitStatus};
+use agentkernel_sandbox::network::{Refusals, Refused};
 use agentkernel_sandbox::plain;
 use agentkernel_sandbox::workspace::{ApplyReport, ChangeSummary};
 use serde::Serialize;
@@ -33,6 +34,42 @@ pub(super) fn explain(ended: &Ended, memory_mib: u64) {
     }
 }
 
+/// Refusals that are shown one by one.
+const SHOWN: usize = 5;
+
+/// Says what the network refused, and which flag lets each through. `kept` is the sandbox's name if it stays.
+pub(super) fn tell(refusals: &Refusals, kept: Option<&str>) {
+    if let Some(text) = refusal_lines(refusals, kept) {
+        ui::note(&text);
+    }
+}
+
+fn refusal_lines(refusals: &Refusals, kept: Option<&str>) -> Option<String> {
+    if refusals.list.is_empty() {
+        return None;
+    }
+    let mut text = "the network policy refused".to_owned();
+    for refused in refusals.list.iter().take(SHOWN) {
+        let reason = match refused.reason.strip_prefix("the network policy refuses ") {
+            Some(reason) => reason.to_owned(),
+            None => format!("{}: {}", refused.target, refused.reason),
+        };
+        let times = if refused.count > 1 { format!(" ({} times)", refused.count) } else { String::new() };
+        let _ = write!(text, "\n  {}{times}; {}", ui::line(&reason), ui::line(&refused.hint));
+    }
+    let more = refusals.list.len().saturating_sub(SHOWN) as u64 + refusals.others;
+    match kept {
+        _ if more == 0 => {}
+        Some(name) => {
+            let _ = write!(text, "\n  {more} more: agentkernel audit {name} --refused");
+        }
+        None => {
+            let _ = write!(text, "\n  {more} more");
+        }
+    }
+    Some(text)
+}
+
 /// What `--json` prints.
 #[derive(Serialize)]
 pub(super) struct Outcome {
@@ -47,6 +84,10 @@ pub(super) struct Outcome {
     omitted_bytes: u64,
     changes: Option<ChangeSummary>,
     applied: Option<ApplyReport>,
+    /// Published ports.
+    pub(super) ports: Vec<String>,
+    /// What the network refused, each once.
+    pub(super) refusals: Vec<Refused>,
     start_ms: f64,
     total_ms: f64,
 }
@@ -106,8 +147,41 @@ impl Outcome {
             omitted_bytes: captured.omitted,
             changes,
             applied,
+            ports: Vec::new(),
+            refusals: Vec::new(),
             start_ms: started.as_secs_f64() * 1e3,
             total_ms: total.as_secs_f64() * 1e3,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(name: &str, count: u64) -> Refused {
+        Refused {
+            target: name.into(),
+            reason: format!("the network policy refuses {name}: no rule allows it"),
+            allow: Some(name.into()),
+            hint: format!("--allow {name}"),
+            count,
+        }
+    }
+
+    #[test]
+    fn refusals_are_few_lines() {
+        assert_eq!(refusal_lines(&Refusals::default(), None), None);
+        let mut list = vec![refused("a.example", 3), refused("b\u{1b}.example", 1)];
+        let said = |list: &[Refused], kept| refusal_lines(&Refusals { list: list.to_vec(), others: 0 }, kept);
+        assert_eq!(
+            said(&list, None).unwrap(),
+            "the network policy refused\n  a.example: no rule allows it (3 times); --allow a.example\n  \
+             b\\u{1b}.example: no rule allows it; --allow b\\u{1b}.example"
+        );
+        list.extend((0..9).map(|number| refused(&format!("n{number}.example"), 1)));
+        assert_eq!(said(&list, None).unwrap().lines().last(), Some("  6 more"));
+        let last = said(&list, Some("dev")).unwrap();
+        assert_eq!(last.lines().last(), Some("  6 more: agentkernel audit dev --refused"));
     }
 }

@@ -6,15 +6,16 @@ use std::time::Instant;
 use agentkernel_protocol::message::Exec;
 use agentkernel_sandbox::client::{Finished, Lease, Life};
 use agentkernel_sandbox::launch::{self, Launch};
+use agentkernel_sandbox::network::{self, AuditReader};
 use agentkernel_sandbox::project::WorkspaceMode;
-use agentkernel_sandbox::spec::Defaults;
+use agentkernel_sandbox::spec::{Defaults, Spec};
 use agentkernel_sandbox::state::Home;
 use agentkernel_sandbox::workspace::ChangeSet;
-use agentkernel_sandbox::{Problem, lifecycle, plain};
+use agentkernel_sandbox::{Problem, io, lifecycle, plain};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::execute::{Captured, Ended, Failure, Sink, Source, execute};
-use super::outcome::{Outcome, explain};
+use super::outcome::{Outcome, explain, tell};
 use super::{block_on, launch as starting, review};
 use crate::arguments::{HowArguments, RunArguments};
 use crate::{environment, terminal, ui};
@@ -98,6 +99,10 @@ async fn in_sandbox(
         }
     };
     tracing::debug!("the command has ended");
+    // Before the directory goes.
+    let decided = AuditReader::new(directory.path()).read().map_err(io("read the network's record"))?;
+    let refusals = network::refusals(&decided);
+    let spec = Spec::load(directory.path())?;
     let mut code = ended.code();
     let kept = if arguments.keep {
         let name = &launch.spec.name;
@@ -123,6 +128,9 @@ async fn in_sandbox(
     tracing::debug!("the sandbox is gone");
     if !quiet || (!json && matches!(ended, Ended::NotStarted { .. })) {
         explain(&ended, launch.spec.memory_mib);
+    }
+    if !quiet {
+        tell(&refusals, arguments.keep.then_some(spec.name.as_str()));
     }
     // Whatever became of the changes, what the command said is not lost.
     let (kept, mut failure) = match kept {
@@ -152,6 +160,8 @@ async fn in_sandbox(
     }
     if json {
         let mut outcome = Outcome::new(&ended, code, &captured, summary, report, started, begun.elapsed());
+        outcome.ports = spec.network.ports.iter().map(ToString::to_string).collect();
+        outcome.refusals = refusals.list;
         if let Some(problem) = &failure {
             outcome.error = Some(problem.message.clone());
         }

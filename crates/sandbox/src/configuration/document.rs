@@ -9,20 +9,20 @@ use toml_parser::lexer::TokenKind;
 use super::nearest::{nearest, shown};
 
 /// The tables and their keys; `[env]` and `[build.args]` have whatever keys they like.
-pub(super) const KEYS: [(&str, &[&str]); 8] = [
+pub(super) const KEYS: [(&str, &[&str]); 9] = [
     ("", &["sandbox", "resources", "security", "network", "build", "files", "env"]),
     ("sandbox", &["name", "image", "base_image", "runtime", "init_script", "workspace"]),
     ("resources", &["vcpus", "memory_mb", "disk_mb"]),
-    ("security", &["profile", "mount_cwd", "require_hardware", "network", "commands"]),
+    ("security", &["profile", "mount_cwd", "require_hardware", "network", "commands", "domains"]),
     ("security.commands", &["allow", "block"]),
-    ("network", &["mode"]),
+    ("security.domains", &["allow", "block", "allowlist_only"]),
+    ("network", &["mode", "allow", "deny", "ports"]),
     ("build", &["dockerfile", "context", "target", "args", "no_cache"]),
     ("files", &["source", "dest", "mode"]),
 ];
 
 /// Keys of later versions.
-const LATER: [&str; 8] =
-    ["agent", "api", "secrets", "ssh", "network.allow", "network.deny", "network.ports", "security.domains"];
+const LATER: [&str; 4] = ["agent", "api", "secrets", "ssh"];
 
 /// Keys of 0.18 that profiles have replaced.
 const REPLACED: [&str; 3] = ["security.mount_home", "security.pass_env", "security.read_only"];

@@ -22,18 +22,22 @@ mod template;
 mod tests;
 
 use std::collections::HashSet;
+use std::fmt::Display;
 use std::path::{Component, Path, PathBuf};
+use std::str::FromStr;
 
+use agentkernel_network::Rule as NetworkRule;
 use toml::Spanned;
 use toml::de::DeValue;
 
 use self::document::{Mistake, Table, wrong_type};
 use self::language::{Language, UnknownLanguage};
-use self::nearest::{nearest, shown};
+use self::nearest::{nearest, shown, shown_up_to};
 pub use self::policy::{CommandPolicy, Refusal};
 pub use self::profile::{NetworkMode, Profile, ProfileSettings, UnknownProfile};
 pub use self::read::ReadError;
 pub use self::template::{InitChoice, template};
+use crate::network::{PORTS_LIMIT, PublishedPort, RULES_LIMIT};
 use crate::project::WorkspaceMode;
 use crate::spec::check_name;
 
@@ -68,8 +72,14 @@ pub struct Configuration {
     pub profile: Option<Profile>,
     /// `[security] require_hardware`: refuse to emulate.
     pub require_hardware: bool,
-    /// `[security] network` or `[network] mode`.
+    /// `[security] network` or `[network] mode`; `none` as well if `[security.domains] allowlist_only` is true.
     pub network: Option<NetworkMode>,
+    /// `[network] allow`, then `[security.domains] allow`.
+    pub allow: Vec<NetworkRule>,
+    /// `[network] deny`, then `[security.domains] block`.
+    pub deny: Vec<NetworkRule>,
+    /// `[network] ports`.
+    pub ports: Vec<PublishedPort>,
     /// `[security.commands]`.
     pub commands: CommandPolicy,
     /// `[[files]]`, in the order of the file; no two have the same destination.
@@ -195,6 +205,7 @@ fn read(root: Table<'_>) -> Result<Configuration, Mistake> {
     let resources = root.table("resources", "resources")?;
     let security = root.table("security", "security")?;
     let commands = security.table("commands", "security.commands")?;
+    let domains = security.table("domains", "security.domains")?;
     let network = root.table("network", "network")?;
     let workspace = workspace(sandbox, security)?;
     Ok(Configuration {
@@ -208,7 +219,10 @@ fn read(root: Table<'_>) -> Result<Configuration, Mistake> {
         disk_mib: resources.number("disk_mb", 64..=MOST_MIB)?,
         profile: security.choice("profile", &Profile::ALL.map(|profile| (profile.name(), profile)))?,
         require_hardware: security.boolean("require_hardware")?.is_some_and(Spanned::into_inner),
-        network: network_mode(security, network)?,
+        network: network_mode(security, domains, network)?,
+        allow: [rules(network, "allow")?, rules(domains, "allow")?].concat(),
+        deny: [rules(network, "deny")?, rules(domains, "block")?].concat(),
+        ports: parsed(network, "ports", PORTS_LIMIT, PORT_HINT)?,
         commands: CommandPolicy { allow: patterns(commands, "allow")?, block: patterns(commands, "block")? },
         files: files(root.tables("files", "files")?)?,
         environment: environment(root.table("env", "env")?)?,
@@ -324,21 +338,69 @@ fn workspace(sandbox: Table<'_>, security: Table<'_>) -> Result<Option<Workspace
     }
 }
 
-/// Sandboxes have no network yet, so that only its absence can be asked for.
-fn network_mode(security: Table<'_>, network: Table<'_>) -> Result<Option<NetworkMode>, Mistake> {
-    let refused = |at, what: &str| {
-        Mistake::new(at, format!("`{what}` asks for a network, and this version has none for sandboxes yet"))
-            .hint("remove it: every sandbox runs without a network")
+/// What holds where no rule says anything. Three keys say so, and none may say otherwise than another.
+fn network_mode(
+    security: Table<'_>,
+    domains: Table<'_>,
+    network: Table<'_>,
+) -> Result<Option<NetworkMode>, Mistake> {
+    const MODES: [(&str, NetworkMode); 2] = [("none", NetworkMode::None), ("public", NetworkMode::Public)];
+    // 0.18 had true and false there.
+    let wanted = match security.value("network").map(Spanned::get_ref) {
+        Some(DeValue::String(_)) => security.choice("network", &MODES)?,
+        _ => security.boolean("network")?.map(|wanted| match wanted.into_inner() {
+            true => NetworkMode::Public,
+            false => NetworkMode::None,
+        }),
     };
-    let wanted = security.boolean("network")?.map(Spanned::into_inner);
-    if wanted == Some(true) {
-        return Err(refused(security.place("network"), "security.network = true"));
+    let mode = network.choice("mode", &MODES)?;
+    if let (Some(mode), Some(wanted)) = (mode, wanted)
+        && mode != wanted
+    {
+        let message = "`security.network` contradicts `network.mode`";
+        return Err(Mistake::new(security.place("network"), message).hint("give one of them"));
     }
-    let mode = network.choice("mode", &[("none", NetworkMode::None), ("public", NetworkMode::Public)])?;
+    let mode = mode.or(wanted);
+    if !domains.boolean("allowlist_only")?.is_some_and(Spanned::into_inner) {
+        return Ok(mode);
+    }
     if mode == Some(NetworkMode::Public) {
-        return Err(refused(network.place("mode"), "network.mode = \"public\""));
+        let other = if network.value("mode").is_some() { "network.mode" } else { "security.network" };
+        let message = format!("`security.domains.allowlist_only` contradicts `{other}`");
+        let hint = "an allow-list is mode \"none\" with what is allowed: give one of them";
+        return Err(Mistake::new(domains.place("allowlist_only"), message).hint(hint));
     }
-    Ok(mode.or(wanted.map(|_| NetworkMode::None)))
+    Ok(Some(NetworkMode::None))
+}
+
+/// Longest text of why a rule is none, characters: it repeats some of the rule.
+const LONGEST_REASON: usize = 250;
+const RULE_HINT: &str = "a rule is NAME, *.NAME, an address or a range, each with :PORT and /udp if wanted: \"*.example.com:443\"";
+const PORT_HINT: &str = "a port is [BIND:]HOST:GUEST, with /udp if wanted: \"8080:80\"";
+
+fn rules(table: Table<'_>, key: &str) -> Result<Vec<NetworkRule>, Mistake> {
+    parsed(table, key, RULES_LIMIT, RULE_HINT)
+}
+
+/// A list of texts that stand for something.
+fn parsed<T: FromStr<Err: Display>>(
+    table: Table<'_>,
+    key: &str,
+    limit: usize,
+    hint: &str,
+) -> Result<Vec<T>, Mistake> {
+    let texts = table.strings(key)?;
+    if let Some(beyond) = texts.get(limit) {
+        let message = format!("`{}` has more than {limit} elements", table.name(key));
+        return Err(Mistake::new(beyond.span().start, message));
+    }
+    let values = texts.into_iter().map(|text| {
+        text.get_ref().parse().map_err(|error: T::Err| {
+            let error = shown_up_to(&error.to_string(), LONGEST_REASON);
+            Mistake::new(text.span().start, format!("`{}`: {error}", table.name(key))).hint(hint)
+        })
+    });
+    values.collect()
 }
 
 fn patterns(commands: Table<'_>, key: &str) -> Result<Vec<String>, Mistake> {

@@ -26,9 +26,14 @@ pub(super) fn suggestion<'a>(word: &str, candidates: impl IntoIterator<Item = &'
 
 /// Text of a hostile file as a message may show it: without control characters, and short.
 pub(super) fn shown(text: &str) -> String {
+    shown_up_to(text, LONGEST_WORD)
+}
+
+/// As [`shown`], with so many characters at most.
+pub(super) fn shown_up_to(text: &str, limit: usize) -> String {
     let mut shown = String::new();
     for (index, character) in text.chars().enumerate() {
-        if index == LONGEST_WORD {
+        if index == limit {
             shown.push('…');
             break;
         }

@@ -80,7 +80,7 @@ const REST: &str = r#"# The project in the guest: a copy whose changes wait for 
 
 [security]
 # permissive (writes to the project, reads the home directory), moderate, or
-# restrictive (no project, nothing but /tmp can be written).
+# restrictive (no project, no network, nothing but /tmp can be written).
 #profile = "moderate"
 # Refuse to run where processors have to be emulated.
 #require_hardware = false
@@ -92,8 +92,13 @@ const REST: &str = r#"# The project in the guest: a copy whose changes wait for 
 #block = []
 
 [network]
-# This version has no network for sandboxes.
-#mode = "none"
+# What sandboxes reach: what is public, but neither this machine nor its networks; or none. With none,
+# what `allow` names is reached all the same, and nothing else.
+#mode = "public"
+# Names, *.NAME, addresses and ranges, each with :PORT and /udp if wanted; `deny` beats `allow`:
+#   allow = ["*.example.com:443"]
+#   deny = ["tracker.example"]
+# Ports of this machine that lead into the sandbox, HOST:GUEST:   ports = ["8080:80"]
 
 # Variables of every command:   NAME = "value"
 [env]
@@ -150,7 +155,7 @@ mod tests {
                         memory_mib: Some(2048),
                         disk_mib: Some(10240),
                         profile: Some(Profile::default()),
-                        network: Some(NetworkMode::None),
+                        network: Some(NetworkMode::Public),
                         ..Configuration::default()
                     };
                     assert_eq!(set, expected);

@@ -40,8 +40,15 @@ make deps
         require_hardware = true
         network = false
         commands = { allow = ["git", "make *"], block = ["git push"] }
+        [security.domains]
+        block = ["ads.example"]
+        allow = ["b.example"]
+        allowlist_only = true
         [network]
         mode = "none"
+        allow = ["*.Example.com:443", "10.0.0.0/8"]
+        deny = ["x.example.com/udp"]
+        ports = ["8080:80", "[::1]:0:53/udp"]
         [[files]]
         source = "./config//settings.json"
         dest = "/etc/app/./settings.json"
@@ -62,6 +69,7 @@ make deps
         destination: destination.into(),
         mode,
     };
+    let rule = |text: &str| text.parse::<NetworkRule>().unwrap();
     let expected = Configuration {
         name: Some("shop".into()),
         image: Some("python:3.12".into()),
@@ -74,6 +82,9 @@ make deps
         profile: Some(Profile::Permissive),
         require_hardware: true,
         network: Some(NetworkMode::None),
+        allow: vec![rule("*.example.com:443"), rule("10.0.0.0/8"), rule("b.example")],
+        deny: vec![rule("x.example.com/udp"), rule("ads.example")],
+        ports: vec!["127.0.0.1:8080:80".parse().unwrap(), "[::1]:0:53/udp".parse().unwrap()],
         commands: CommandPolicy {
             allow: vec!["git".into(), "make *".into()],
             block: vec!["git push".into()],
@@ -124,7 +135,10 @@ fn unknown_keys() {
             "[zzz]",
             "1:2: unknown table [zzz]\nthe tables are sandbox, resources, security, network, build, files, env",
         ),
-        ("[network]\nq = 1", "2:1: unknown key `network.q`\nthe keys of [network] are mode"),
+        (
+            "[network]\nq = 1",
+            "2:1: unknown key `network.q`\nthe keys of [network] are mode, allow, deny, ports",
+        ),
         (
             "security = { commands = { alow = [] } }",
             "1:27: unknown key `security.commands.alow`\ndid you mean `allow`?",
@@ -148,14 +162,6 @@ fn unknown_keys() {
             format!("1:2: this version does not have {later} yet\nremove it; a later version will have it");
         assert_eq!(said(later), expected);
     }
-    for (text, what) in [
-        ("network.ports = []", "1:9: this version does not have `network.ports` yet"),
-        ("network.allow = []", "1:9: this version does not have `network.allow` yet"),
-        ("network.deny = []", "1:9: this version does not have `network.deny` yet"),
-        ("[security.domains]", "1:11: this version does not have `security.domains` yet"),
-    ] {
-        assert_eq!(said(text), format!("{what}\nremove it; a later version will have it"));
-    }
     assert_eq!(
         said("security.mount_home = true"),
         "1:10: there is no `security.mount_home` any more\n\
@@ -170,8 +176,6 @@ fn values() {
     const SOURCE: &str =
         "name a file beneath the configuration's own directory, relative to it, without `..`";
     const DEST: &str = "give the file's whole path in the guest, from `/` on, without `..`";
-    const NETWORK: &str = "asks for a network, and this version has none for sandboxes yet\n\
-        remove it: every sandbox runs without a network";
     let file = |line: &str| format!("[[files]]\nsource = 's'\ndest = '/d'\n{line}");
     for (text, expected) in [
         ("sandbox = 1".into(), "1:11: `sandbox` must be a table, not a whole number".to_owned()),
@@ -231,8 +235,6 @@ fn values() {
              did you mean `moderate`?"
                 .into(),
         ),
-        ("security.network = true".into(), format!("1:10: `security.network = true` {NETWORK}")),
-        ("network.mode = 'public'".into(), format!("1:9: `network.mode = \"public\"` {NETWORK}")),
         (
             "security.commands.allow = ['a', 1]".into(),
             "1:33: an element of `security.commands.allow` must be a string, not a whole number".into(),
@@ -426,4 +428,66 @@ fn builds_have_defaults() {
         "1:20: `build.args.V` must be a string, not a whole number\nput quotes around it"
     );
     assert_eq!(said("build.args = { 'a=b' = '' }"), "1:16: `a=b` cannot be the name of a build argument");
+}
+
+#[test]
+fn networks() {
+    use NetworkMode::{None as Nothing, Public};
+    for (text, expected) in [
+        ("", None),
+        ("security.network = true", Some(Public)),
+        ("security.network = false", Some(Nothing)),
+        ("security.network = 'public'", Some(Public)),
+        ("network.mode = 'none'", Some(Nothing)),
+        ("network.mode = 'public'\nsecurity.network = true", Some(Public)),
+        ("security.domains.allowlist_only = true", Some(Nothing)),
+        ("security.domains.allowlist_only = false", None),
+        ("security.domains.allowlist_only = true\nsecurity.network = false", Some(Nothing)),
+    ] {
+        assert_eq!(parse(text).unwrap().network, expected, "{text}");
+    }
+    let many = format!("network.ports = [{}]", "'0:1',".repeat(65));
+    for (text, expected) in [
+        (
+            "network.mode = 'none'\nsecurity.network = true",
+            "2:10: `security.network` contradicts `network.mode`\ngive one of them",
+        ),
+        (
+            "network.mode = 'public'\nsecurity.domains.allowlist_only = true",
+            "2:18: `security.domains.allowlist_only` contradicts `network.mode`\n\
+             an allow-list is mode \"none\" with what is allowed: give one of them",
+        ),
+        (
+            "security.network = true\nsecurity.domains.allowlist_only = true",
+            "2:18: `security.domains.allowlist_only` contradicts `security.network`\n\
+             an allow-list is mode \"none\" with what is allowed: give one of them",
+        ),
+        (
+            "network.mode = 'publik'",
+            "1:16: `network.mode` must be one of none, public, not `publik`\ndid you mean `public`?",
+        ),
+        ("security.network = 'lan'", "1:20: `security.network` must be one of none, public, not `lan`"),
+        ("security.network = 1", "1:20: `security.network` must be true or false, not a whole number"),
+        (
+            "[network]\nallow = [\n  'a.example',\n  'https://b.example',\n]",
+            "4:3: `network.allow`: `https://b.example` is no rule: leave out what stands before the name: example.com\n\
+             a rule is NAME, *.NAME, an address or a range, each with :PORT and /udp if wanted: \"*.example.com:443\"",
+        ),
+        (
+            "[security.domains]\nblock = ['a.*.b']",
+            "2:10: `security.domains.block`: `a.*.b` is no rule: an asterisk stands for what comes first only: \
+             *.example.com\n\
+             a rule is NAME, *.NAME, an address or a range, each with :PORT and /udp if wanted: \"*.example.com:443\"",
+        ),
+        (
+            "[network]\nports = ['80']",
+            "2:10: `network.ports`: `80` publishes no port: say which port of this machine leads there: \
+             0:80 picks a free one\n\
+             a port is [BIND:]HOST:GUEST, with /udp if wanted: \"8080:80\"",
+        ),
+        ("network.ports = [80]", "1:18: an element of `network.ports` must be a string, not a whole number"),
+        (&many, "1:402: `network.ports` has more than 64 elements"),
+    ] {
+        assert_eq!(said(text), expected, "{text}");
+    }
 }

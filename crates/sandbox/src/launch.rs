@@ -77,6 +77,8 @@ pub struct Request {
     pub user: HostUser,
     /// The host's `PATH`.
     pub path_variable: OsString,
+    /// A PEM bundle of authorities that the user trusts besides the host's own.
+    pub certificates: Option<PathBuf>,
 }
 
 /// What will be started.
@@ -152,6 +154,7 @@ pub fn settle(home: &Home, request: Request, progress: &mut dyn FnMut(&str)) -> 
         init_script: request.init_script,
         labels: request.labels,
         machine_id: fresh_machine_id(),
+        certificates: request.certificates,
     };
     let description = describe(&spec, request.image_is_suggestion);
     Ok(Launch { spec, description })
@@ -169,6 +172,7 @@ pub(crate) fn for_build(
     vcpus: u32,
     memory_mib: u64,
     disk_mib: u64,
+    certificates: Option<PathBuf>,
 ) -> Spec {
     let created_unix_ms = unix_ms();
     Spec {
@@ -190,6 +194,7 @@ pub(crate) fn for_build(
         init_script: None,
         labels: BTreeMap::new(),
         machine_id: fresh_machine_id(),
+        certificates,
     }
 }
 

@@ -57,6 +57,9 @@ pub struct Spec {
     pub labels: BTreeMap<String, String>,
     /// Content of `/etc/machine-id`.
     pub machine_id: String,
+    /// A PEM bundle of authorities that the user trusts besides the host's own; read at each start.
+    #[serde(default)]
+    pub certificates: Option<PathBuf>,
 }
 
 /// How programs run unless they are told otherwise.

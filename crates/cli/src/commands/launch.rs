@@ -136,6 +136,7 @@ pub(super) fn request(
         init_script: configuration.init_script,
         labels: arguments.label.iter().cloned().collect(),
         user,
+        certificates: environment::certificates(),
         path_variable: std::env::var_os("PATH").unwrap_or_else(|| OsString::from("/usr/bin:/bin")),
     })
 }

@@ -33,6 +33,7 @@ use crate::record::Record;
 use crate::saved::{self, From, Restore};
 use crate::spec::{Image, Spec, new_uuid};
 use crate::state::{Live, Phase, SandboxDirectory, fill_random, random_word};
+use crate::trust::Authorities;
 
 const MACHINE_ENDED: &str = "machine-ended";
 /// Time between SIGTERM and SIGKILL where nobody said another.
@@ -74,6 +75,8 @@ struct Up {
     port: Port<UnixStream>,
     needs: Needs,
     epoch: u32,
+    /// What a guest that was booted is told to trust.
+    authorities: Vec<ByteBuf>,
 }
 
 /// What is left of the sandbox.
@@ -306,7 +309,7 @@ impl Session {
             return Err(plain("restore", format!("the saved machine does not go on: {words}"), None));
         }
         let needs = if from == From::Template { Needs::Furniture } else { Needs::Identity };
-        Ok(Some(Up { started, port, needs, epoch }))
+        Ok(Some(Up { started, port, needs, epoch, authorities: Vec::new() }))
     }
 
     /// Starts the machine, again if it does not come up; `None` if nobody waits for it any more.
@@ -317,6 +320,10 @@ impl Session {
         lock: &std::fs::File,
         reach: &Reach,
     ) -> Result<Option<Up>, Problem> {
+        let trusted = Authorities::read(self.spec.certificates.as_deref());
+        for warning in &trusted.warnings {
+            self.record.say("warning", warning);
+        }
         let mut limits = BOOT_LIMITS.iter();
         loop {
             let mut started = self.start_machine(program, lock, reach, None).await?;
@@ -324,7 +331,10 @@ impl Session {
             let epoch = 1;
             port.hail(epoch).await.map_err(|error| problem("boot", &error, None))?;
             let limit = limits.next().filter(|_| started.accelerator == Accelerator::Tcg);
-            let up = |started, port| Ok(Some(Up { started, port, needs: Needs::All, epoch }));
+            let up = |started, port| {
+                let authorities = trusted.certificates.clone();
+                Ok(Some(Up { started, port, needs: Needs::All, epoch, authorities }))
+            };
             // The last one gets all the time there is, where its answer is read.
             let Some(limit) = limit else { return up(started, port) };
             match self.wait_for(&started, &port, lease, *limit).await {
@@ -401,7 +411,7 @@ impl Session {
         terminate: Signal,
         wish: &RefCell<Option<Wish>>,
     ) -> Result<(), Problem> {
-        let Up { started, mut port, needs, epoch } = up;
+        let Up { started, mut port, needs, epoch, authorities } = up;
         let deadline = boot_deadline(started.accelerator);
         tokio::select! {
             greeting = tokio::time::timeout(deadline, port.answer()) => match greeting {
@@ -414,7 +424,7 @@ impl Session {
         let (opener, driver) = mux::host(port.session());
         let talk = async {
             tokio::select! {
-                configured = tokio::time::timeout(deadline, configure(self.configuration(needs), exports, &opener)) => {
+                configured = tokio::time::timeout(deadline, configure(self.configuration(needs, authorities), exports, &opener)) => {
                     configured.map_err(|_| boot_timeout(deadline))??;
                 }
                 () = lease.ended() => return Ok(()),
@@ -476,7 +486,7 @@ impl Session {
         }
     }
 
-    fn configuration(&self, needs: Needs) -> Configure {
+    fn configuration(&self, needs: Needs, authorities: Vec<ByteBuf>) -> Configure {
         let spec = &self.spec;
         let assemble = (needs == Needs::All).then(|| Assemble {
             root: match &spec.image {
@@ -485,6 +495,7 @@ impl Session {
             },
             writable: Writable::Disk { serial: machine::WRITABLE_SERIAL.into() },
             prepare: if self.sandbox.is_template() { Exports::WORKSPACE.into() } else { String::new() },
+            authorities,
         });
         // A template is saved before it is anybody's.
         let furnish = needs != Needs::Identity && !self.sandbox.is_template();

@@ -48,6 +48,8 @@ pub enum Grounds {
     Public,
     /// A rule of `allow`.
     Rule(Rule),
+    /// It comes from outside, through a port that was published.
+    Published,
 }
 
 /// Why something is refused.
@@ -158,6 +160,59 @@ impl Policy {
         }
     }
 
+    /// Whether a name may be resolved at all, for whatever port and protocol.
+    ///
+    /// # Errors
+    /// Why not: a rule of `deny` is about the name as a whole, or there is a list and no rule of it is about the name.
+    pub fn resolve(&self, name: &str) -> Result<Grounds, Box<Refusal>> {
+        let name = canonical(name);
+        let refuse = |cause: Cause| {
+            let whole = Rule { place: Place::Name(name.clone()), port: None, protocol: None };
+            let allow = (!matches!(cause, Cause::Rule(_))).then_some(whole);
+            Err(Box::new(Refusal { target: name.clone(), name: None, cause, allow }))
+        };
+        // Names that lead to the same place are told apart by their ports only when connected to.
+        let whole =
+            |rule: &&Rule| rule.port.is_none() && rule.protocol.is_none() && rule.is_about_name(&name);
+        if let Some(rule) = self.deny.iter().find(whole) {
+            return refuse(Cause::Rule(rule.clone()));
+        }
+        if let Some(rule) = self.allow.iter().find(|rule| rule.is_about_name(&name)) {
+            return Ok(Grounds::Rule(rule.clone()));
+        }
+        match self.mode {
+            Mode::Public => Ok(Grounds::Public),
+            Mode::None => refuse(self.silence()),
+        }
+    }
+
+    /// Whether no rule of `deny` is about a name, whatever else holds.
+    ///
+    /// # Errors
+    /// The rule that is.
+    pub fn not_denied(&self, name: &str, port: u16, protocol: Protocol) -> Result<(), Box<Refusal>> {
+        let name = canonical(name);
+        match self.denying(|rule| rule.is_about_name(&name), port, protocol) {
+            None => Ok(()),
+            Some(rule) => Err(Box::new(Refusal {
+                target: format!("{name}:{port}"),
+                name: None,
+                cause: Cause::Rule(rule.clone()),
+                allow: None,
+            })),
+        }
+    }
+
+    /// Whether any rule of `deny` is about names, which only what is said on a connection can tell.
+    pub fn denies_names(&self) -> bool {
+        self.deny.iter().any(Rule::is_name)
+    }
+
+    /// Whether only what a rule allows is reached.
+    pub fn is_list(&self) -> bool {
+        self.mode == Mode::None
+    }
+
     fn denying(&self, about: impl Fn(&Rule) -> bool, port: u16, protocol: Protocol) -> Option<&Rule> {
         self.deny.iter().find(|rule| {
             rule.port.is_none_or(|own| own == port)
@@ -177,6 +232,34 @@ impl Policy {
     /// Why what no rule is about is refused in mode `none`.
     fn silence(&self) -> Cause {
         if self.allow.is_empty() { Cause::NoNetwork } else { Cause::NotListed }
+    }
+}
+
+impl Grounds {
+    /// Whether it is a rule about a name.
+    pub fn is_name(&self) -> bool {
+        matches!(self, Self::Rule(rule) if rule.is_name())
+    }
+}
+
+impl fmt::Display for Grounds {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Public => formatter.write_str("public"),
+            Self::Rule(rule) => rule.fmt(formatter),
+            Self::Published => formatter.write_str("published"),
+        }
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Rule(rule) => rule.fmt(formatter),
+            Self::Floor(entry) => entry.fmt(formatter),
+            Self::NoNetwork => formatter.write_str("no network"),
+            Self::NotListed => formatter.write_str("no rule"),
+        }
     }
 }
 

@@ -58,6 +58,11 @@ impl Rule {
         Self { place, port: Some(port), protocol: (protocol == Protocol::Udp).then_some(protocol) }
     }
 
+    /// Whether it is about names, not addresses.
+    pub fn is_name(&self) -> bool {
+        matches!(self.place, Place::Name(_) | Place::Below(_))
+    }
+
     pub(super) fn is_about_name(&self, name: &str) -> bool {
         match &self.place {
             Place::Name(own) => own == name,
@@ -66,7 +71,7 @@ impl Rule {
         }
     }
 
-    pub(super) fn is_about_address(&self, address: IpAddr) -> bool {
+    pub(crate) fn is_about_address(&self, address: IpAddr) -> bool {
         let Place::Range { address: own, bits } = self.place else { return false };
         match (own, address) {
             (IpAddr::V4(own), IpAddr::V4(address)) => {
@@ -225,6 +230,6 @@ fn name(text: &str) -> Result<String, String> {
 }
 
 /// How names are compared: in lower case, without the dot at the end.
-pub(super) fn canonical(name: &str) -> String {
+pub(crate) fn canonical(name: &str) -> String {
     name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase()
 }

@@ -70,7 +70,8 @@ CLIENTS = {
     "npm": ["npm", "view", "thing", "version", "--registry=URL/", "--fetch-retries=0"],
     "git": ["git", "ls-remote", "URL/repository"],
     "curl": ["curl", "-sSf", "URL/hello"],
-    "java": ["keytool", "-printcrl", "-file", "URL/list.crl"],
+    # Compiled a little only, which is quicker where a processor is emulated.
+    "java": ["keytool", "-J-XX:TieredStopAtLevel=1", "-J-XX:+UseSerialGC", "-printcrl", "-file", "URL/list.crl"],
     "bare curl": BARE + ["curl", "-sSf", "URL/hello"],
     "bare git": BARE + ["git", "ls-remote", "URL/repository"],
 }
@@ -84,8 +85,7 @@ for name, words in CLIENTS.items():
         ended = subprocess.run(words_now, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
         text = ended.stdout.decode(errors="replace")
         good = ended.returncode == 0 and SAID.get(name, "hello") in text
-        # Java has no word for it: it takes what it cannot fetch for the name of a file.
-        refused = ended.returncode != 0 and ("certificate" in text.lower() or name == "java")
+        refused = ended.returncode != 0 and "certif" in text.lower()
         outcome.append("works" if good else "refused" if refused else "fails: " + text)
     print(name + ":", *outcome)
     sys.stdout.flush()

@@ -260,7 +260,9 @@ impl Drop for StepRoot {
         }
         // Only now: nothing may change a layer that is mounted.
         if let Some(upper) = &self.upper {
-            self.laid.take_out(upper);
+            if let Err(error) = self.laid.take_out(upper) {
+                crate::boot::log(&format!("a layer could not be searched for certificates: {error}"));
+            }
             let _ = std::fs::remove_dir_all(&self.over);
         }
         let _ = std::fs::remove_dir(&self.path);

@@ -6,8 +6,8 @@
 //!           lower     the image
 //! ```
 //! So programs that install certificates write as they always do, and what they write is theirs: nothing of the host
-//! gets into the writable layer unless a program puts it there. A program that adds to a bundle copies what it saw; in a
-//! build's step that is taken out again ([`Laid::take_out`]).
+//! gets into the writable layer unless a program puts it there. A program that adds to a bundle, or copies one, writes what
+//! it saw; in a build's step that is taken out again ([`Laid::take_out`]).
 //!
 //! Besides there is one file with all authorities, which variables name for programs that bring a bundle of their own.
 //!
@@ -19,6 +19,7 @@ mod pem;
 mod sha1;
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs::{File, Permissions};
 use std::io::{Error, Read, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -82,6 +83,8 @@ const ANCHORS: [(&str, &str); 3] = [
 
 /// Largest bundle or store of an image, bytes.
 const FILE_LIMIT: u64 = 8 << 20;
+/// How much longer than a bundle a copy may be to be looked at, bytes.
+const ADDED_LIMIT: usize = 1 << 20;
 
 /// The host's authorities: certificates, DER.
 pub(crate) struct Trust {
@@ -146,12 +149,7 @@ impl Trust {
             let known = pem::certificates(&content);
             let added = self.besides(&known);
             let appendix = pem::appendix(&added);
-            if !appendix.is_empty() {
-                if content.last().is_some_and(|byte| *byte != b'\n') {
-                    content.push(b'\n');
-                }
-                content.extend(&appendix);
-            }
+            content.extend(&appendix);
             if missing.is_none() {
                 laid.bundle.clone_from(&content);
                 missing = Some(added);
@@ -237,30 +235,44 @@ impl Laid {
         made.iter().rev().try_for_each(|(path, model)| imitate(path, model.as_ref(), 0o755))
     }
 
-    /// Takes what was added out of the files that programs changed, and so have in `upper` now. One that cannot be changed
-    /// is removed.
-    pub(crate) fn take_out(&self, upper: &OwnedFd) {
-        for file in &self.files {
-            let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
-            let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-            // Removed, or something else now, or never touched.
-            let Ok(handle) = openat2(upper, &file.path, flags, Mode::empty(), resolve) else { continue };
-            if let Err(error) = file.take_out(File::from(handle)) {
-                log(&format!("{} is left out of the layer: {error}", file.path.display()));
-                let _ = rustix::fs::unlinkat(upper, &file.path, AtFlags::empty());
+    /// Takes what was added out of the files that programs wrote, and so are in `upper` now: those in place of ours, and
+    /// copies elsewhere. One that cannot be changed is removed.
+    pub(crate) fn take_out(&self, upper: &OwnedFd) -> Result<(), Error> {
+        let root = rustix::fs::openat(upper, ".", tree::directory_flags(), Mode::empty())?;
+        tree::walk(root, &mut |parent, name, path| {
+            let stat = tree::stat(parent, name)?;
+            match FileType::from_raw_mode(stat.st_mode) {
+                FileType::Directory => return tree::open_directory(parent, name).map(Some),
+                FileType::RegularFile => {}
+                _ => return Ok(None),
             }
-        }
+            let path = Path::new(OsStr::from_bytes(path));
+            for file in self.files.iter().filter(|file| file.may_be(path, &stat)) {
+                if let Err(error) = file.take_out(parent, name, &stat) {
+                    log(&format!("{} is left out of the layer: {error}", path.display()));
+                    rustix::fs::unlinkat(parent, name, AtFlags::empty())?;
+                    break;
+                }
+            }
+            Ok(None)
+        })
     }
 }
 
 impl LaidFile {
-    fn take_out(&self, mut file: File) -> Result<(), Error> {
-        let stat = rustix::fs::fstat(&file)?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Ok(());
-        }
+    /// Whether what lies at `path` of a layer may have what was added to this one. Copies are told by their size, or as
+    /// much as people add to one: a layer is not read for it.
+    fn may_be(&self, path: &Path, stat: &Stat) -> bool {
+        let size = usize::try_from(stat.st_size).unwrap_or(usize::MAX);
+        let sizes = self.content.len()..self.content.len() + ADDED_LIMIT;
+        path == self.path || sizes.contains(&size)
+    }
+
+    fn take_out(&self, parent: &OwnedFd, name: &OsStr, stat: &Stat) -> Result<(), Error> {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let mut file = File::from(rustix::fs::openat(parent, name, flags, Mode::empty())?);
         let mut content = Vec::new();
-        (&file).take(4 * FILE_LIMIT).read_to_end(&mut content)?;
+        (&file).take(2 * FILE_LIMIT).read_to_end(&mut content)?;
         let rest = match &self.kind {
             Kind::Bundle(appendix) => pem::without(&content, appendix),
             Kind::Keystore => keystore::Store::read(&content).and_then(|store| store.without_ours()),
@@ -270,7 +282,7 @@ impl LaidFile {
         file.rewind()?;
         file.write_all(&rest)?;
         file.set_len(rest.len() as u64)?;
-        Ok(rustix::fs::futimens(&file, &timestamps(tree::modified_ns(&stat)))?)
+        Ok(rustix::fs::futimens(&file, &timestamps(tree::modified_ns(stat)))?)
     }
 }
 

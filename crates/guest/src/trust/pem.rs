@@ -46,15 +46,16 @@ pub(super) fn appendix(certificates: &[&[u8]]) -> Vec<u8> {
         return Vec::new();
     }
     let blocks: String = certificates.iter().map(|der| block(der)).collect();
-    format!("{OURS}\n{blocks}").into_bytes()
+    // It begins with a newline, for the last line of the bundle may not be ended.
+    format!("\n{OURS}\n{blocks}").into_bytes()
 }
 
 /// A bundle without what was added to it; `None` if it is not there.
 pub(super) fn without(text: &[u8], appendix: &[u8]) -> Option<Vec<u8>> {
-    // The first line is looked for first: most of what is compared differs there.
-    let line = OURS.as_bytes();
-    let is_here = |at: &usize| text[*at..].starts_with(appendix);
-    let starts = text.windows(line.len()).enumerate().filter(|(_, window)| *window == line);
-    let at = starts.map(|(at, _)| at).find(is_here)?;
-    Some([&text[..at], &text[at + appendix.len()..]].concat())
+    let at = text.windows(appendix.len().max(1)).position(|window| window == appendix)?;
+    let (before, after) = (&text[..at], &text[at + appendix.len()..]);
+    // What follows a line that was not ended does not become part of it.
+    let is_glued = before.last().is_some_and(|byte| *byte != b'\n') && !after.is_empty();
+    let newline: &[u8] = if is_glued { b"\n" } else { b"" };
+    Some([before, newline, after].concat())
 }

@@ -58,14 +58,16 @@ fn a_bundle_has_the_images_authorities_and_the_hosts() {
     assert_eq!(paths(&laid), ["etc/ssl/certs/ca-certificates.crt"]);
     let upper = directory.path().join("upper");
     let mine = [merged, pem::block(b"mine").into_bytes()].concat();
-    write(&upper, "etc/ssl/certs/ca-certificates.crt", mine);
-    laid.take_out(&open(&upper));
+    write(&upper, "etc/ssl/certs/ca-certificates.crt", &mine);
+    write(&upper, "srv/copy", &mine);
+    laid.take_out(&open(&upper)).unwrap();
     let left = pem::certificates(&fs::read(upper.join("etc/ssl/certs/ca-certificates.crt")).unwrap());
     assert_eq!(left, ["both", "image", "mine"].map(|der| der.as_bytes().to_vec()).into());
+    assert_eq!(pem::certificates(&fs::read(upper.join("srv/copy")).unwrap()), left);
     // What a program wrote anew is its own, whatever is in it.
     let anew = pem::block(b"host") + &pem::block(b"both");
     write(&upper, "etc/ssl/certs/ca-certificates.crt", &anew);
-    laid.take_out(&open(&upper));
+    laid.take_out(&open(&upper)).unwrap();
     assert_eq!(fs::read(upper.join("etc/ssl/certs/ca-certificates.crt")).unwrap(), anew.as_bytes());
 }
 
@@ -104,7 +106,7 @@ fn an_images_links_lead_nowhere_out_of_it() {
     let other = directory.path().join("other");
     write(&other, "ca-bundle.crt", &laid.files[0].content);
     symlink(&other, upper.join("etc/pki/tls/certs")).unwrap();
-    laid.take_out(&open(&upper));
+    laid.take_out(&open(&upper)).unwrap();
     assert_eq!(fs::read(other.join("ca-bundle.crt")).unwrap(), laid.files[0].content);
 }
 

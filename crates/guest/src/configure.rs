@@ -32,7 +32,7 @@ use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
 use crate::exec::cgroup;
 use crate::layers::Layers;
 use crate::trust::{BUNDLE, Trust};
-use crate::{fuse, system};
+use crate::{fuse, network, system};
 
 /// Name of the cgroup of all programs.
 const PROGRAMS: &str = "programs";
@@ -141,7 +141,7 @@ pub(crate) fn assemble(wish: &Assemble, file_systems: &BTreeSet<String>) -> Resu
     if !bundle.is_empty() {
         write_file(Path::new(BUNDLE), 0o644, &bundle)?;
     }
-    system::loopback_up().map_err(say("bring the loopback interface up"))?;
+    network::set_up(&wish.link)?;
     Ok(Layout {
         initial,
         identity,

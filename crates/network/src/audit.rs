@@ -4,7 +4,7 @@
 //! lines of both in the order of their numbers.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -193,6 +193,30 @@ pub fn read(directory: &Path) -> io::Result<Vec<Entry>> {
     Ok(entries)
 }
 
+/// The number of the newest entry of the record in a directory, without reading the others; 0 if there is none.
+///
+/// # Errors
+/// If a file cannot be read.
+pub fn last_sequence(directory: &Path) -> io::Result<u64> {
+    let mut last = 0;
+    for name in FILES {
+        let mut file = match File::options().read(true).custom_flags(NO_FOLLOW).open(directory.join(name)) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        // Two lines, so that one of them is whole.
+        let end = file.metadata()?.len();
+        file.seek(SeekFrom::Start(end.saturating_sub(2 * LINE_LIMIT)))?;
+        let mut tail = Vec::new();
+        file.take(2 * LINE_LIMIT).read_to_end(&mut tail)?;
+        let lines = tail.split(|byte| *byte == b'\n').rev();
+        let newest = lines.filter_map(|line| serde_json::from_slice::<Entry>(line).ok()).next();
+        last = last.max(newest.map_or(0, |entry| entry.sequence));
+    }
+    Ok(last)
+}
+
 fn read_file(path: &Path) -> io::Result<Vec<Entry>> {
     let file = match File::options().read(true).custom_flags(NO_FOLLOW).open(path) {
         Ok(file) => file,
@@ -225,6 +249,7 @@ mod tests {
     fn the_record_goes_on_after_a_crash_within_a_line() {
         let directory = tempfile::tempdir().unwrap();
         assert_eq!(read(directory.path()).unwrap(), []);
+        assert_eq!(last_sequence(directory.path()).unwrap(), 0);
         AuditLog::open(directory.path()).unwrap().write(entry(1));
         let path = directory.path().join(FILES[0]);
         let mut file = File::options().append(true).open(&path).unwrap();
@@ -232,6 +257,7 @@ mod tests {
         AuditLog::open(directory.path()).unwrap().write(entry(2));
         let ports: Vec<_> = read(directory.path()).unwrap().iter().map(|entry| entry.port).collect();
         assert_eq!(ports, [Some(1), Some(2)]);
+        assert_eq!(last_sequence(directory.path()).unwrap(), 2);
     }
 
     #[test]
@@ -248,6 +274,7 @@ mod tests {
         assert!(bytes <= 2 * FILE_LIMIT, "{bytes}");
         let entries = read(directory.path()).unwrap();
         assert_eq!(entries.last().unwrap().sequence, 60_001);
+        assert_eq!(last_sequence(directory.path()).unwrap(), 60_001);
         assert!(entries.windows(2).all(|pair| pair[0].sequence + 1 == pair[1].sequence));
         assert!(entries.len() > 10_000, "{}", entries.len());
     }

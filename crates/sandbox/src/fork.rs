@@ -24,6 +24,7 @@ use crate::client::{self, Sandbox, Warmth};
 use crate::deadline::unix_ms;
 use crate::disk;
 use crate::executions::exit_code;
+use crate::network::NetworkSpec;
 use crate::problem::{Problem, io, plain};
 use crate::record::Record;
 use crate::review;
@@ -101,6 +102,12 @@ impl Origin {
     fn of(parent: &SandboxDirectory) -> Result<Self, Problem> {
         Ok(Self { spec: Spec::load(parent.path())?, directory: parent.path().to_owned() })
     }
+
+    /// The network of the sandbox called `name`; another one cannot have the same ports of the host.
+    pub(crate) fn network(&self, name: &str) -> NetworkSpec {
+        let network = self.spec.network.clone();
+        if name == self.spec.name { network } else { network.for_copy() }
+    }
 }
 
 /// Makes a sandbox called `name` that goes on from `saved` when it is started.
@@ -116,6 +123,7 @@ pub(crate) fn create(
         uuid: new_uuid(created_unix_ms),
         created_unix_ms,
         machine_id: fresh_machine_id(),
+        network: origin.network(name),
         ..origin.spec.clone()
     };
     let held = home.create_sandbox(name, |directory| {

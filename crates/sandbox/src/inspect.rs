@@ -8,7 +8,7 @@ use std::time::Duration;
 use agentkernel_machine::process_metrics;
 use serde::Serialize;
 
-use crate::configuration::Profile;
+use crate::configuration::{NetworkMode, Profile};
 use crate::deadline::{self, Clocks, rfc3339};
 use crate::executions::{self, State};
 use crate::problem::{Problem, plain};
@@ -41,7 +41,13 @@ pub struct SandboxInfo {
     pub started_at: Option<String>,
     /// How its processors are run; none if it is stopped.
     pub accelerator: Option<String>,
-    /// Published ports.
+    /// What it may reach where no rule says anything.
+    pub network: NetworkMode,
+    /// What it may reach by a rule.
+    pub allow: Vec<String>,
+    /// What it may not, whatever else is said.
+    pub deny: Vec<String>,
+    /// Published ports, `BIND:HOST:GUEST[/udp]`; 0 for one that is picked when it is started for the first time.
     pub ports: Vec<String>,
     /// Words of the user's own.
     pub labels: BTreeMap<String, String>,
@@ -101,7 +107,10 @@ impl SandboxInfo {
             created_at: rfc3339(spec.created_unix_ms),
             started_at: live.as_ref().map(|live| rfc3339(live.started_unix_ms)),
             accelerator: live.as_ref().and_then(|live| live.accelerator.clone()),
-            ports: Vec::new(),
+            network: spec.network.mode,
+            allow: spec.network.allow.iter().map(ToString::to_string).collect(),
+            deny: spec.network.deny.iter().map(ToString::to_string).collect(),
+            ports: spec.network.ports.iter().map(ToString::to_string).collect(),
             profile: spec.profile,
             ttl: deadline.as_ref().map(|deadline| deadline.left(&now).as_secs()),
             expires_at: deadline.as_ref().map(|deadline| {

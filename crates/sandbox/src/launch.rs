@@ -11,6 +11,7 @@ use crate::configuration::{CommandPolicy, Profile};
 use crate::deadline::unix_ms;
 use crate::exports;
 use crate::images::Images;
+use crate::network::NetworkSpec;
 use crate::problem::{Problem, plain, problem};
 use crate::project::{Workspace, WorkspaceMode};
 use crate::spec::{
@@ -73,6 +74,8 @@ pub struct Request {
     pub init_script: Option<String>,
     /// Words of the user's own.
     pub labels: BTreeMap<String, String>,
+    /// What it may reach, and the ports that lead into it.
+    pub network: NetworkSpec,
     /// Who asks.
     pub user: HostUser,
     /// The host's `PATH`.
@@ -116,6 +119,7 @@ pub fn settle(home: &Home, request: Request, progress: &mut dyn FnMut(&str)) -> 
     let created_unix_ms = unix_ms();
     let name = request.name.clone().unwrap_or_else(|| format!("run-{}", &random_word()[..8]));
     check_name(&name)?;
+    request.network.check()?;
     check_mounts(home, &request)?;
     setup::ensure_kernel(home, progress)?;
     let (image, mut defaults) = match request.image.as_deref() {
@@ -155,6 +159,7 @@ pub fn settle(home: &Home, request: Request, progress: &mut dyn FnMut(&str)) -> 
         labels: request.labels,
         machine_id: fresh_machine_id(),
         certificates: request.certificates,
+        network: request.network,
     };
     let description = describe(&spec, request.image_is_suggestion);
     Ok(Launch { spec, description })
@@ -172,7 +177,7 @@ pub(crate) fn for_build(
     vcpus: u32,
     memory_mib: u64,
     disk_mib: u64,
-    certificates: Option<PathBuf>,
+    network: NetworkSpec,
 ) -> Spec {
     let created_unix_ms = unix_ms();
     Spec {
@@ -194,7 +199,8 @@ pub(crate) fn for_build(
         init_script: None,
         labels: BTreeMap::new(),
         machine_id: fresh_machine_id(),
-        certificates,
+        certificates: None,
+        network,
     }
 }
 
@@ -326,6 +332,7 @@ fn describe(spec: &Spec, image_is_suggestion: bool) -> String {
         };
         let _ = write!(text, ", {} {mode}", workspace.root.display());
     }
+    let _ = write!(text, ", network {}", spec.network.describe());
     if let Some(reason) = setup::emulated() {
         let _ = write!(text, ", emulated: {reason}");
     }

@@ -25,6 +25,7 @@ pub mod images;
 pub mod inspect;
 pub mod launch;
 pub mod lifecycle;
+pub mod network;
 mod problem;
 pub mod project;
 pub mod record;

@@ -199,6 +199,7 @@ fn create_stopped(home: &Home, name: &str, origin: &Origin) -> Result<HeldSandbo
         uuid: new_uuid(created_unix_ms),
         created_unix_ms,
         machine_id: fresh_machine_id(),
+        network: origin.network(name),
         ..origin.spec.clone()
     };
     home.create_sandbox(name, |directory| {

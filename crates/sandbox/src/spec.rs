@@ -5,12 +5,14 @@ use std::ffi::{OsStr, OsString};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use agentkernel_network::{HOST, HOST_NAME};
 use agentkernel_protocol::message::{Directory, Exec};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
 use crate::configuration::{CommandPolicy, Profile};
+use crate::network::NetworkSpec;
 use crate::problem::{Problem, io, os, plain};
 use crate::project::Workspace;
 use crate::state::{fill_random, random_word, write_atomically};
@@ -60,6 +62,9 @@ pub struct Spec {
     /// A PEM bundle of authorities that the user trusts besides the host's own; read at each start.
     #[serde(default)]
     pub certificates: Option<PathBuf>,
+    /// What it may reach, and the ports that lead into it.
+    #[serde(default)]
+    pub network: NetworkSpec,
 }
 
 /// How programs run unless they are told otherwise.
@@ -241,12 +246,15 @@ impl Spec {
 
     /// Content of `/etc/hosts`.
     pub fn hosts(&self) -> String {
-        format!("127.0.0.1\tlocalhost\n127.0.1.1\t{}\n::1\tlocalhost ip6-localhost ip6-loopback\n", self.name)
+        let name = &self.name;
+        format!(
+            "127.0.0.1\tlocalhost\n127.0.1.1\t{name}\n::1\tlocalhost ip6-localhost ip6-loopback\n{HOST}\t{HOST_NAME}\n"
+        )
     }
 
     /// Content of `/etc/resolv.conf`.
     pub fn resolver(&self) -> String {
-        "# this sandbox has no network\n".to_owned()
+        format!("nameserver {HOST}\n")
     }
 
     /// Most processes and threads of one program with all it starts: what the guest's memory can hold, about.

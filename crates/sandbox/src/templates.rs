@@ -30,6 +30,7 @@ use crate::deadline::{Clocks, unix_ms};
 use crate::disk;
 use crate::exports::Exports;
 use crate::files::table;
+use crate::network::NetworkSpec;
 use crate::problem::{Problem, io, plain};
 use crate::saved::{self, Draft, Fingerprint, From, SavedMachine};
 use crate::spec::{Defaults, Image, Spec, fresh_machine_id, new_uuid};
@@ -267,6 +268,7 @@ fn blank(spec: &Spec) -> Spec {
         labels: std::collections::BTreeMap::new(),
         machine_id: fresh_machine_id(),
         certificates: spec.certificates.clone(),
+        network: NetworkSpec::default(),
     }
 }
 

@@ -12,6 +12,7 @@ use agentkernel_sandbox::configuration::{
 use agentkernel_sandbox::deadline::{Clocks, Deadline};
 use agentkernel_sandbox::images::Images;
 use agentkernel_sandbox::launch::{Launch, Request};
+use agentkernel_sandbox::network::NetworkSpec;
 use agentkernel_sandbox::project::{self, CONFIGURATION_FILE, Choice, WorkspaceMode};
 use agentkernel_sandbox::spec::{HostMount, MountSource, SpecFile};
 use agentkernel_sandbox::state::{HeldSandbox, Home};
@@ -65,7 +66,7 @@ pub(super) fn request(
     }
     let profile = arguments.profile.or(configuration.profile).unwrap_or(Profile::Moderate);
     let settings = profile.settings();
-    check_network(arguments, &configuration)?;
+    let network = network(arguments, &configuration, profile);
     let mode = match arguments.workspace {
         Some(arguments::WorkspaceMode::Cow) => WorkspaceMode::Cow,
         Some(arguments::WorkspaceMode::Rw) => WorkspaceMode::Rw,
@@ -134,6 +135,7 @@ pub(super) fn request(
         commands: configuration.commands,
         files: files.collect::<Result<_, _>>()?,
         init_script: configuration.init_script,
+        network,
         labels: arguments.label.iter().cloned().collect(),
         user,
         certificates: environment::certificates(),
@@ -196,16 +198,15 @@ fn check_trust(arguments: &SandboxArguments, configuration: &Configuration) -> R
     }
 }
 
-fn check_network(arguments: &SandboxArguments, configuration: &Configuration) -> Result<(), Problem> {
-    let wanted = match arguments.network {
-        Some(network) => network == Network::Public,
-        None => !arguments.no_network && configuration.network == Some(NetworkMode::Public),
+/// Flags beat the configuration, which beats the profile.
+fn network(arguments: &SandboxArguments, configuration: &Configuration, profile: Profile) -> NetworkSpec {
+    let mode = match arguments.network {
+        _ if arguments.no_network => NetworkMode::None,
+        Some(Network::None) => NetworkMode::None,
+        Some(Network::Public) => NetworkMode::Public,
+        None => configuration.network.unwrap_or(profile.settings().network),
     };
-    if wanted {
-        let hint = "leave --network out: the sandbox then has no network";
-        return Err(plain("no-network", "this version has no network for sandboxes yet", Some(hint)));
-    }
-    Ok(())
+    NetworkSpec { mode, ..NetworkSpec::default() }
 }
 
 /// A mount's source is a path if it has a slash or is `.`, `..` or `~`; else it names a volume.

@@ -8,7 +8,7 @@ const TREE: &str = "/proc/self/net/fib_trie";
 const LIST: &str = "/proc/self/net/if_inet6";
 
 /// The addresses of this machine's interfaces. A protocol that the kernel does not have has none.
-pub(super) fn own() -> Vec<IpAddr> {
+pub(crate) fn own() -> Vec<IpAddr> {
     let read = |path| std::fs::read_to_string(path).unwrap_or_default();
     let (tree, list) = (read(TREE), read(LIST));
     local_v4(&tree).map(IpAddr::V4).chain(local_v6(&list).map(IpAddr::V6)).collect()

@@ -7,7 +7,7 @@
 //! HOME/build-cache                 what steps made
 //! ```
 
-mod addresses;
+pub(crate) mod addresses;
 mod docker;
 mod fetch;
 mod machine;
@@ -93,7 +93,7 @@ pub struct ImageBuilder {
     pub resources: Resources,
     /// How images that are not here are fetched.
     pub registry: RegistryOptions,
-    /// What ADD may reach.
+    /// What ADD and RUN may reach.
     pub egress: Egress,
     /// A PEM bundle of authorities that RUN steps trust besides the host's own; nothing of either becomes part of an
     /// image.
@@ -427,14 +427,9 @@ impl Executor for Machines<'_> {
         let Resources { vcpus, memory_mib, disk_mib } = self.builder.resources;
         crate::setup::ensure_kernel(&self.builder.home, &mut |_| {}).map_err(failure)?;
         let name = format!("build-{}", &random_word()[..8]);
-        let spec = launch::for_build(
-            name,
-            root_file_system,
-            vcpus,
-            memory_mib,
-            disk_mib,
-            self.builder.certificates.clone(),
-        );
+        let network = self.builder.egress.network();
+        let mut spec = launch::for_build(name, root_file_system, vcpus, memory_mib, disk_mib, network);
+        spec.certificates.clone_from(&self.builder.certificates);
         let held = client::create(&self.builder.home, &spec, Life::Temporary, None).map_err(failure)?;
         let lease = self
             .runtime

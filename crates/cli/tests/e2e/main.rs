@@ -20,4 +20,5 @@ mod snapshots;
 mod streams;
 mod templates;
 mod terminal;
+mod trust;
 mod workspace;

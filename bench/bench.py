@@ -38,6 +38,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+import network
 import warm
 from docker import BUSYBOX, LIMIT, ROOT, Docker, adopt_orphans, fail, run, target_directory, why_no_bridge
 from measure import MIB, PYTHON, say, smaps, summary, timed
@@ -628,10 +629,11 @@ SECTIONS = {
         section_files,
         section_demo,
         section_build,
+        network.section_network,
     )
 }
 # Those that measure Docker, or Podman, too.
-BESIDE_DOCKER, BESIDE_PODMAN = ("warm", "cold", "exec", "build"), ("warm",)
+BESIDE_DOCKER, BESIDE_PODMAN = ("warm", "cold", "exec", "build", "network"), ("warm",)
 # From how many figures on the percentiles say more than the extremes.
 PERCENTILES_FROM = 20
 
@@ -699,6 +701,7 @@ def table(result):
         ("build, ten RUN true", "build_ten", "docker_build_ten"),
         ("    each further one", "build_further", "docker_build_further"),
         ("300 MiB image: root fs / tar -x", "flatten", "tar_extract"),
+        ("connect to a server on the host", "connect", "connect_inside"),
         ("one after the other: create", "churn_create", None),
         ("one after the other: exec", "churn_exec", None),
         ("one after the other: rm", "churn_remove", None),
@@ -733,6 +736,10 @@ def table(result):
             private, proportional = ([child[key] / MIB for child in ten[name]] for key in ("private_bytes", "pss_bytes"))
             yield f"{f'    {text}: private':32}{spread(private, 'MiB')}, each"
             yield f"{'    with a part of the shared':32}{spread(proportional, 'MiB')}, each"
+    if "download" in raw:
+        for text, name in (("", "download"), (", QEMU's user network", "download_plain"), (", Docker", "download_docker")):
+            yield f"{f'200 MiB{text}':32}{spread(raw[name], 'MiB/s')}"
+    yield from network.rows(raw)
     if "machine_rss_bytes" in raw:
         yield f"{'memory: machine, resident':32}{mib(statistics.median(raw['machine_rss_bytes']))}"
         yield f"{'memory: supervisor':32}{mib(statistics.median(raw['supervisor_rss_bytes']))}"
@@ -850,6 +857,12 @@ def reach(raw, guest_bytes, where):
         ("build", f"ten RUN true / docker build, {where}", "<=", 1, lambda: divide(["build_ten"], ["docker_build_ten"])),
         ("build", "300 MiB image to a root file system / tar -x", "<=", 2, lambda: divide(["flatten"], ["tar_extract"])),
         ("build", "builder's memory on a context of 5 GB, MiB", "<=", 300, lambda: raw["build_context_peak_bytes"] / MIB),
+        ("network", f"download of 200 MiB / QEMU's own user network, {where}", ">=", 0.5,
+            lambda: divide(["download"], ["download_plain"])),
+        ("network", f"{network.CONNECTIONS} connections at once: lost", "<=", 0,
+            lambda: raw["connections"]["of"] - raw["connections"]["whole"]),
+        ("network", f"connect: added to the guest's own, ms, {where}", "<=", 2,
+            lambda: middle("connect") - middle("connect_inside")),
         ("demo", "make demo, again, s", "<=", 10, lambda: seconds("demo_again")),
         (None, "guest binary, MiB", "<=", 2, lambda: guest_bytes / MIB),
     ]

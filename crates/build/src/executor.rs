@@ -132,6 +132,8 @@ pub struct Step {
     pub lower: Vec<u32>,
     /// The layer that takes what it writes.
     pub upper: u32,
+    /// Whether it has the machine's network.
+    pub network: bool,
     /// What is mounted.
     pub mounts: Vec<StepMount>,
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use agentkernel_sandbox::spec::HostUser;
 use agentkernel_sandbox::state::Home;
+use agentkernel_sandbox::supervisor::Proxy;
 use agentkernel_sandbox::{Problem, plain};
 
 /// Opens the state directory: `AGENTKERNEL_HOME`, else `~/.agentkernel`.
@@ -71,6 +72,16 @@ fn passwd_entry() -> Option<PasswdEntry> {
             _ => None,
         }
     })
+}
+
+/// The proxy that this environment names, and what is reached without it.
+pub(crate) fn proxy() -> Option<Proxy> {
+    let first = |names: &[&str]| {
+        let values = names.iter().filter_map(|name| env::var(name).ok());
+        values.map(|value| value.trim().to_owned()).find(|value| !value.is_empty())
+    };
+    let url = first(&["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"])?;
+    Some(Proxy { url, except: first(&["NO_PROXY", "no_proxy"]).unwrap_or_default() })
 }
 
 /// Whether this machine has a program on its `PATH`.

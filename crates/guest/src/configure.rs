@@ -30,7 +30,7 @@ use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
 
 use crate::exec::cgroup;
 use crate::layers::Layers;
-use crate::{fuse, system};
+use crate::{fuse, network, system};
 
 /// Name of the cgroup of all programs.
 const PROGRAMS: &str = "programs";
@@ -133,7 +133,7 @@ pub(crate) fn assemble(wish: &Assemble, file_systems: &BTreeSet<String>) -> Resu
     let proc = open_directory("/proc")?;
     let image = open_directory(&lower)?;
     switch_root()?;
-    system::loopback_up().map_err(say("bring the loopback interface up"))?;
+    network::set_up(&wish.link)?;
     Ok(Layout {
         initial,
         identity,

@@ -21,6 +21,7 @@ mod copy;
 mod exec;
 mod fuse;
 mod layers;
+mod network;
 mod port;
 mod shutdown;
 mod system;

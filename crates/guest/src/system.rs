@@ -46,22 +46,6 @@ pub(crate) fn register<T: Into<OwnedFd> + AsRawFd>(owner: T) -> Result<AsyncFd<T
     unsafe { AsyncFd::register(owner) }.map_err(Into::into)
 }
 
-/// Brings the loopback interface up.
-pub(crate) fn loopback_up() -> Result<(), Error> {
-    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
-    // SAFETY: all-zero bytes are a valid `ifreq`.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (target, byte) in request.ifr_name.iter_mut().zip(b"lo\0") {
-        *target = *byte as libc::c_char;
-    }
-    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-    // SAFETY: `request` is a complete `ifreq` that lives through the call.
-    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) } != 0 {
-        return Err(Error::last_os_error());
-    }
-    Ok(())
-}
-
 /// Foreground process group of the terminal whose master is `terminal`.
 pub(crate) fn foreground_group(terminal: BorrowedFd<'_>) -> Option<i32> {
     let mut group: libc::pid_t = 0;

@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use agentkernel_machine::accelerator;
 use agentkernel_machine::findings::{self, Status};
 use agentkernel_machine::kernel::{self, Kernel, KernelOptions};
-use agentkernel_machine::qemu::{self, Disk, DiskDurability, MachineConfig, QemuMachine};
+use agentkernel_machine::qemu::{self, Disk, DiskDurability, MachineConfig, NetworkCard, QemuMachine};
 use agentkernel_machine::{ExitReason, Machine, jail};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
 /// A start takes 2 s, and 20 on a host that is itself emulated.
@@ -101,6 +101,7 @@ fn config(kernel: Kernel, disks: Vec<Disk>) -> MachineConfig {
         vcpus: 2,
         memory_mib: 256,
         disks,
+        network: None,
         launcher: std::env::current_exe().expect("our own path"),
         machine_uid: None,
         inherit: Vec::new(),
@@ -122,6 +123,7 @@ fn machines(cache: &Path) -> ExitCode {
         talks_and_ends(kernel.clone()).await;
         panics_with_a_word(kernel.clone()).await;
         is_killed_and_paused(kernel.clone()).await;
+        exchanges_frames(kernel.clone()).await;
         refuses_too_much(kernel.clone()).await;
     });
     dies_with_its_supervisor(cache);
@@ -244,6 +246,54 @@ async fn is_killed_and_paused(kernel: Kernel) {
     let exit = machine.stop(Duration::from_millis(50)).await;
     assert_eq!(exit.reason, ExitReason::Killed);
     assert!(machine.pause().await.is_err());
+}
+
+/// Frames go both ways, as long as may be; and a machine whose network is gone lives on and does not spin.
+async fn exchanges_frames(kernel: Kernel) {
+    const ADDRESS: [u8; 6] = [2, 0x61, 0x6b, 0, 0, 2];
+    const MTU: u16 = 16_384;
+    let (ours, cable) = std::os::unix::net::UnixStream::pair().expect("a socket pair");
+    ours.set_nonblocking(true).expect("not blocking");
+    let mut ours = UnixStream::from_std(ours).expect("a stream");
+    let disks = (0..16).map(|index| Disk {
+        file: tempfile::tempfile().and_then(|file| file.set_len(1 << 20).map(|()| file)).expect("a file"),
+        read_only: false,
+        serial: format!("disk{index}"),
+        durability: DiskDurability::Scratch,
+    });
+    let card = NetworkCard { cable, address: ADDRESS, mtu: MTU };
+    let machine = qemu::start(MachineConfig { network: Some(card), ..config(kernel, disks.collect()) }).await;
+    let machine = machine.expect("starts");
+    let mut agent = Agent::ready(&machine).await;
+    assert_eq!(agent.ask("disks").await.split(';').count(), 16, "the card leaves room for all disks");
+    assert_eq!(agent.ask("card").await, "02:61:6b:00:00:02 16384 0");
+    // A card that comes up asks for its neighbours over IPv6.
+    let mut frame = async || {
+        let length = ours.read_u32().await.expect("a length");
+        assert!((14..=u32::from(MTU) + 14).contains(&length), "{length}");
+        let mut frame = vec![0; length as usize];
+        ours.read_exact(&mut frame).await.expect("a frame");
+        frame
+    };
+    let frame = tokio::time::timeout(READY, frame()).await.expect("a frame in time");
+    assert_eq!(frame[6..12], ADDRESS);
+    let before: u64 = agent.ask("received").await.parse().expect("a number");
+    let mut longest = vec![0; usize::from(MTU) + 14];
+    longest[..6].copy_from_slice(&ADDRESS);
+    ours.write_u32(u32::from(MTU) + 14).await.expect("written");
+    ours.write_all(&longest).await.expect("written");
+    let begun = Instant::now();
+    while agent.ask("received").await.parse::<u64>().expect("a number") < before + u64::from(MTU) {
+        assert!(begun.elapsed() < READY, "a frame does not arrive");
+    }
+    drop(ours);
+    assert_eq!(agent.ask("card").await, "02:61:6b:00:00:02 16384 0");
+    let used = machine.metrics().expect("metrics").cpu_time;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let used = machine.metrics().expect("metrics").cpu_time - used;
+    assert!(used < Duration::from_secs(1), "an idle machine without a network used {used:?}");
+    assert_eq!(agent.ask("hello").await, "hello");
+    machine.kill();
 }
 
 async fn refuses_too_much(kernel: Kernel) {

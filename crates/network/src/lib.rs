@@ -5,8 +5,11 @@
 //! [`Network`] is the network of one machine: Ethernet frames on one side, the host's ordinary sockets on the other.
 //! [`audit`] is the record of what it decided.
 #![forbid(unsafe_code)]
+#![allow(unexpected_cfgs, reason = "cargo-fuzz sets cfg(fuzzing)")]
 
 pub mod audit;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod network;
 pub mod policy;
 

@@ -129,6 +129,19 @@ pub struct Saved {
     /// What the file servers know that the guest knows of their files: the file systems' tags, and how many bytes of each
     /// follow on the connection, in this order.
     pub file_systems: Vec<(String, u64)>,
+    /// TCP connections that end with it: nobody carries them on in what goes on from here.
+    pub connections: Vec<Connection>,
+}
+
+/// A TCP connection of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Connection {
+    /// The guest's port.
+    pub guest_port: u16,
+    /// The other end's address.
+    pub address: [u8; 4],
+    /// The other end's port.
+    pub port: u16,
 }
 
 /// What the holder of a lease sends.

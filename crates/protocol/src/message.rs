@@ -144,6 +144,21 @@ pub struct Assemble {
     pub writable: Writable,
     /// Tag of a file system that will be the lower layer of a copy-on-write mount, which is assembled ahead; empty for none.
     pub prepare: String,
+    /// How the network card is set up.
+    pub link: Link,
+}
+
+/// The link between a machine and its host: two addresses, IPv4 alone, nobody else on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Link {
+    /// The guest's address.
+    pub guest: [u8; 4],
+    /// The host's: gateway and name server.
+    pub host: [u8; 4],
+    /// Length of their common prefix, bits.
+    pub prefix: u8,
+    /// Largest IP packet, bytes.
+    pub mtu: u16,
 }
 
 /// What no two machines share.
@@ -283,6 +298,8 @@ pub struct LayeredRoot {
     pub lower: Vec<u32>,
     /// Number of the layer that takes what is written; made if there is none.
     pub upper: u32,
+    /// The machine's network; without it there is loopback alone, which no other program shares.
+    pub network: bool,
     /// What is mounted besides `/proc`, `/sys` and `/dev`, in this order. Mount points that have to be made are gone
     /// afterwards.
     pub mounts: Vec<RootMount>,

@@ -174,6 +174,7 @@ pub(crate) fn for_build(
     vcpus: u32,
     memory_mib: u64,
     disk_mib: u64,
+    network: NetworkSpec,
 ) -> Spec {
     let created_unix_ms = unix_ms();
     Spec {
@@ -195,7 +196,7 @@ pub(crate) fn for_build(
         init_script: None,
         labels: BTreeMap::new(),
         machine_id: fresh_machine_id(),
-        network: NetworkSpec::default(),
+        network,
     }
 }
 

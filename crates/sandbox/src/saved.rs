@@ -18,6 +18,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
+use std::net::SocketAddrV4;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -26,6 +27,8 @@ use agentkernel_machine::accelerator;
 use agentkernel_machine::kernel::{self, Kernel};
 use agentkernel_machine::memory::{Capture, copy_sparsely};
 use agentkernel_machine::qemu;
+use agentkernel_network::Flow;
+use agentkernel_protocol::control::Connection;
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
@@ -44,6 +47,8 @@ const ORDER: &str = "restore.json";
 pub(crate) const OWN: &str = "saved";
 /// Most bytes of what devices hold.
 const DEVICES_LIMIT: u64 = 64 << 20;
+/// Most connections that are remembered: those of a network, and those that it has not reset yet.
+const FLOWS_LIMIT: usize = 2048;
 /// Most bytes of a record or an order.
 const RECORD_LIMIT: u64 = 1 << 20;
 
@@ -158,6 +163,9 @@ pub(crate) struct Record {
     pub saved_unix_ms: u64,
     /// Tags of its file systems.
     file_systems: Vec<String>,
+    /// Its TCP connections, which nobody carries on: whoever goes on from here is told so.
+    #[serde(default)]
+    flows: Vec<Flow>,
     memory: Stamp,
     devices: Stamp,
     tables: Vec<Stamp>,
@@ -401,6 +409,8 @@ pub(crate) struct Restore {
     pub tables: Vec<(String, Vec<u8>)>,
     /// Of the machine that was saved.
     pub fingerprint: Fingerprint,
+    /// TCP connections it had.
+    pub flows: Vec<Flow>,
 }
 
 impl Restore {
@@ -442,8 +452,14 @@ impl Restore {
             epoch: saved.record.epoch,
             tables: tables.map(|tag| Ok((tag.clone(), saved.table(tag)?))).collect::<Result<_, Problem>>()?,
             fingerprint: saved.record.fingerprint,
+            flows: saved.record.flows,
         })
     }
+}
+
+fn flow(connection: &Connection) -> Flow {
+    let remote = SocketAddrV4::new(connection.address.into(), connection.port);
+    Flow { guest_port: connection.guest_port, remote }
 }
 
 /// Saves the machine of a live sandbox into `directory`, which must be empty; returns how long it stood still.
@@ -493,6 +509,7 @@ pub(crate) async fn save(sandbox: &Sandbox, directory: &Path) -> Result<(SavedMa
         epoch: saved.epoch,
         saved_unix_ms: crate::deadline::unix_ms(),
         file_systems: saved.file_systems.iter().map(|(tag, _)| tag.clone()).collect(),
+        flows: saved.connections.iter().take(FLOWS_LIMIT).map(flow).collect(),
         memory: Stamp::of(&memory).map_err(io(what()))?,
         devices: Stamp::of(&devices).map_err(io(what()))?,
         tables,

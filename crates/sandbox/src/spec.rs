@@ -5,6 +5,7 @@ use std::ffi::{OsStr, OsString};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use agentkernel_network::{HOST, HOST_NAME};
 use agentkernel_protocol::message::{Directory, Exec};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use serde::{Deserialize, Serialize};
@@ -242,12 +243,15 @@ impl Spec {
 
     /// Content of `/etc/hosts`.
     pub fn hosts(&self) -> String {
-        format!("127.0.0.1\tlocalhost\n127.0.1.1\t{}\n::1\tlocalhost ip6-localhost ip6-loopback\n", self.name)
+        let name = &self.name;
+        format!(
+            "127.0.0.1\tlocalhost\n127.0.1.1\t{name}\n::1\tlocalhost ip6-localhost ip6-loopback\n{HOST}\t{HOST_NAME}\n"
+        )
     }
 
     /// Content of `/etc/resolv.conf`.
     pub fn resolver(&self) -> String {
-        "# this sandbox has no network\n".to_owned()
+        format!("nameserver {HOST}\n")
     }
 
     /// Most processes and threads of one program with all it starts: what the guest's memory can hold, about.

@@ -183,7 +183,6 @@ pub fn build<E: Executor>(
         images: HashMap::new(),
         consumed: HashSet::new(),
         now: SystemTime::now(),
-        said_no_network: false,
     };
     solver.solve()
 }
@@ -204,7 +203,6 @@ struct Solver<'a, E: Executor> {
     /// Build arguments that an ARG asked for.
     consumed: HashSet<String>,
     now: SystemTime,
-    said_no_network: bool,
 }
 
 /// How far a stage is.

@@ -50,9 +50,9 @@ impl<E: Executor> Solver<'_, E> {
         if let Some(security) = &run.security {
             return self.refuse(security.place, "--security is not supported", None);
         }
-        let network = run.network.as_ref().map(|word| (word.place, word.text.as_str()));
-        match network {
-            None | Some((_, "default" | "none")) => {}
+        let network = match run.network.as_ref().map(|word| (word.place, word.text.as_str())) {
+            None | Some((_, "default")) => true,
+            Some((_, "none")) => false,
             Some((place, "host")) => {
                 let hint = Some("a build has no business on the host's network");
                 return self.refuse(place, "--network=host is not supported", hint);
@@ -61,7 +61,7 @@ impl<E: Executor> Solver<'_, E> {
                 let message = format!("`{other}` is no network");
                 return self.refuse(place, message, Some("there are default and none"));
             }
-        }
+        };
         let (arguments, script) = command(state, run);
         let environment = environment(state);
         let process = &state.configuration.config;
@@ -75,6 +75,9 @@ impl<E: Executor> Solver<'_, E> {
             "as",
             [directory.as_bytes(), user.as_bytes(), script.as_deref().unwrap_or_default().as_bytes()],
         );
+        if !network {
+            key = key.with("network", [&b"none"[..]]);
+        }
         for mount in &run.mounts {
             key = self.mount_key(state, key, mount)?;
         }
@@ -83,7 +86,7 @@ impl<E: Executor> Solver<'_, E> {
                 state,
                 instruction,
                 run,
-                Program { arguments, environment, directory, user, script },
+                Program { arguments, environment, directory, user, script, network },
             )
         })
         .inspect(|_| {
@@ -99,14 +102,10 @@ impl<E: Executor> Solver<'_, E> {
         run: &Run,
         program: Program,
     ) -> Build<Option<Layer>> {
-        if !self.said_no_network && run.network.as_ref().is_none_or(|word| word.text == "default") {
-            self.said_no_network = true;
-            (self.on_event)(Event::Note("RUN steps have no network in this version".into()));
-        }
         let at = |solver: &Self, failure: Failure| solver.at(instruction.place, failure);
         self.ready(state).map_err(|failure| at(self, failure))?;
         let mut mounts = self.mounts(state, run)?;
-        let Program { arguments, mut environment, directory, user, script } = program;
+        let Program { arguments, mut environment, directory, user, script, network } = program;
         environment.append(&mut mounts.environment);
         // Where a network is changes nothing of what is built.
         for name in PREDEFINED {
@@ -121,7 +120,8 @@ impl<E: Executor> Solver<'_, E> {
         let running = state.machine.as_mut().ok_or_else(|| Failure::new("the stage has no machine"))?;
         let upper = running.number();
         let lower = running.numbers.clone();
-        let step = Step { arguments, environment, directory, user, lower, upper, mounts: mounts.mounts };
+        let step =
+            Step { arguments, environment, directory, user, lower, upper, network, mounts: mounts.mounts };
         let mut tail = Vec::new();
         let on_event = &mut self.on_event;
         let end = running.machine.run(&step, &mut |bytes| {
@@ -396,6 +396,8 @@ struct Program {
     user: String,
     /// A document that is a program of its own.
     script: Option<String>,
+    /// Whether it has the machine's network.
+    network: bool,
 }
 
 /// The words of a RUN, and the script if its document is one.

@@ -25,7 +25,7 @@ pub(crate) fn dispatch() -> Option<ExitCode> {
         ui::start_logging(arguments.next().is_some_and(|word| word == "--verbose"));
         // Whoever holds the lease was told what went wrong.
         let Ok(program) = environment::program() else { return Some(ExitCode::FAILURE) };
-        return Some(match supervisor::main(directory, &program) {
+        return Some(match supervisor::main(directory, &program, environment::proxy()) {
             Ok(()) => ExitCode::SUCCESS,
             Err(_) => ExitCode::FAILURE,
         });

@@ -24,6 +24,7 @@ use super::cgroup::Cgroup;
 use super::reaper::Reaper;
 use super::streams::{Output, Stdin, Which};
 use crate::layers::root::StepRoot;
+use crate::network;
 use crate::user::{self, User};
 
 /// Files a program may have open without asking, and at most.
@@ -197,6 +198,8 @@ struct Plan {
     directory: CString,
     /// What becomes the root of a mount namespace of its own.
     root: Option<CString>,
+    /// It gets a network of its own that leads nowhere.
+    isolated: bool,
     uid: u32,
     gid: u32,
     groups: Vec<libc::gid_t>,
@@ -237,6 +240,7 @@ impl Plan {
             environment: Pointers::new(environment),
             directory: text(if wish.directory.is_empty() { b"/" } else { &wish.directory })?,
             root: root.map(|root| text(root.path().as_os_str().as_encoded_bytes())).transpose()?,
+            isolated: wish.root.as_ref().is_some_and(|root| !root.network),
             uid: user.uid,
             gid: user.gid,
             groups: user.groups.clone(),
@@ -319,6 +323,10 @@ impl Plan {
             libc::signal(libc::SIGPIPE, libc::SIG_DFL);
             libc::umask(0o022);
             other(i64::from(libc::setrlimit64(libc::RLIMIT_NOFILE, &raw const OPEN_FILES)))?;
+            if self.isolated {
+                other(i64::from(libc::unshare(libc::CLONE_NEWNET)))?;
+                network::loopback_up().map_err(|errno| (STEP_OTHER, errno.raw_os_error()))?;
+            }
             if let Some(root) = &self.root {
                 other(i64::from(libc::unshare(libc::CLONE_NEWNS)))?;
                 other(i64::from(libc::chdir(root.as_ptr())))?;

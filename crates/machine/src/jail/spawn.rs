@@ -167,13 +167,15 @@ pub async fn spawn(config: JailConfig) -> Result<Jailed, JailError> {
         .name("machine".to_owned())
         .spawn(move || {
             let mut config = config;
-            let (child, mut started) = match start(&config, &orders) {
+            let (mut child, mut started) = match start(&config, &orders) {
                 Ok(running) => running,
                 Err(error) => return drop(started_in.send(Err(error))),
             };
             let listener = started.listener.take();
             if let Some(Err(reason)) = config.watchers.take().map(|confine| confine()) {
-                drop(kill_and_reap(child));
+                // It may have come as far as its filter.
+                let _ = pidfd_send_signal(&started.handle, Signal::KILL);
+                let _ = child.wait();
                 return drop(started_in.send(Err(JailError::Setup { reason })));
             }
             if let (Some(listener), Some(file)) = (listener, config.opened.take()) {
@@ -183,7 +185,10 @@ pub async fn spawn(config: JailConfig) -> Result<Jailed, JailError> {
                 drop(thread::Builder::new().name("machine-memory".to_owned()).spawn(asked));
             }
             // The caller is gone: so is the reason for the process.
-            let mut child = if started_in.send(Ok(started)).is_err() { kill_and_reap(child) } else { child };
+            if let Err(Ok(started)) = started_in.send(Ok(started)) {
+                // This thread is confined: it ends the process as everybody else does.
+                let _ = pidfd_send_signal(&started.handle, Signal::KILL);
+            }
             drop(config);
             let errors = keep_errors(child.stderr.take());
             let status = child.wait().ok();
@@ -193,12 +198,6 @@ pub async fn spawn(config: JailConfig) -> Result<Jailed, JailError> {
     let Started { pid, handle, layers, .. } =
         started.await.map_err(|_| talk(io::Error::other("the machine's thread ended")))??;
     Ok(Jailed { pid, handle, layers, identity, ended })
-}
-
-fn kill_and_reap(mut child: Child) -> Child {
-    let _ = child.kill();
-    let _ = child.wait();
-    child
 }
 
 fn draw_uid() -> u32 {

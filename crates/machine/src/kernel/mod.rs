@@ -28,7 +28,8 @@ pub use package::PackageError;
 
 use crate::{atomic, initramfs};
 
-const RECORD_VERSION: u32 = 1;
+/// Raised with every change of what a kernel has to have.
+const RECORD_VERSION: u32 = 2;
 const RECORD_LIMIT: u64 = 1 << 20;
 const CONFIG_LIMIT: u64 = 4 << 20;
 

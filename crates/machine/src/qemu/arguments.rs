@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use super::clock::Clock;
-use super::{Disk, DiskDurability, MachineConfig};
+use super::{Disk, DiskDurability, MachineConfig, NetworkCard};
 use crate::accelerator::Accelerator;
 use crate::jail::{Argument, FIRST_DESCRIPTOR};
 
@@ -152,6 +152,35 @@ impl Plan {
         // `xen-save-devices-state` leaves the section of that name out.
         self.option("-global", "migration.send-configuration=off");
         self.option("-incoming", &format!("fd:{number}"));
+    }
+
+    /// The card needs no offloads: its cable carries plain frames, and one frame is as long as it may be. A machine that was
+    /// restored has nothing to announce to a network that knows it.
+    pub(super) fn network(&mut self, card: NetworkCard) {
+        let NetworkCard { cable, address, mtu } = card;
+        let number = self.descriptor(cable.into());
+        self.option("-netdev", &format!("stream,id=network,server=off,addr.type=fd,addr.str={number}"));
+        let address = address.map(|byte| format!("{byte:02x}")).join(":");
+        let off = [
+            "csum",
+            "gso",
+            "guest_csum",
+            "guest_tso4",
+            "guest_tso6",
+            "guest_ecn",
+            "guest_ufo",
+            "host_tso4",
+            "host_tso6",
+            "host_ecn",
+            "host_ufo",
+            "guest_announce",
+        ];
+        let off = off.map(|feature| format!("{feature}=off")).join(",");
+        self.option(
+            "-device",
+            &format!("virtio-net-device,netdev=network,mac={address},host_mtu={mtu},mrg_rxbuf=on,{off}"),
+        );
+        self.option("-global", "migration.announce-rounds=0");
     }
 
     /// Where the state of the devices goes when the machine is saved.

@@ -40,7 +40,7 @@ pub use arguments::AGENT_PORT;
 /// The program this driver runs.
 pub const PROGRAM: &str = "qemu-system-x86_64";
 
-/// `microvm` has 24 virtio transports; the port and the entropy source take two.
+/// `microvm` has 24 virtio transports; the port, the entropy source and the network card take three.
 const DISK_LIMIT: usize = 16;
 const CPU_LIMIT: u32 = 64;
 /// Most that the devices of a machine hold, in bytes; 100 KiB are usual.
@@ -64,6 +64,8 @@ pub struct MachineConfig {
     pub memory_mib: u32,
     /// Its disks, found in the guest by their serials.
     pub disks: Vec<Disk>,
+    /// Its network card, the guest's `eth0`; `None`: it has none.
+    pub network: Option<NetworkCard>,
     /// The program whose verb [`jail::VERB`] calls [`jail::main`]: our own.
     pub launcher: PathBuf,
     /// The uid of the machine's process when we are root; `None`: one that is drawn by lot.
@@ -86,6 +88,18 @@ pub struct Restore {
     pub memory: File,
     /// What [`Machine::save`] gave.
     pub devices: Vec<u8>,
+}
+
+/// A network card.
+#[derive(Debug)]
+pub struct NetworkCard {
+    /// The machine's end of its cable, a stream: each Ethernet frame follows its length as four bytes, big-endian. If the
+    /// other end is closed the machine goes on, and nothing that the guest sends arrives anywhere.
+    pub cable: StdUnixStream,
+    /// Its Ethernet address.
+    pub address: [u8; 6],
+    /// Largest IP packet that it takes and brings, bytes.
+    pub mtu: u16,
 }
 
 /// A disk of a machine.
@@ -228,6 +242,9 @@ pub async fn start(config: MachineConfig) -> Result<QemuMachine, StartError> {
     };
     let hardware = config.accelerator == Accelerator::Kvm;
     let log = config.console_log;
+    if let Some(card) = config.network {
+        plan.network(card);
+    }
     plan.disks(config.disks.into_iter().map(least_access).collect::<Result<_, _>>()?);
     let (arguments, descriptors) = plan.finish(config.inherit);
     let jail = JailConfig {

@@ -5,6 +5,8 @@ use std::rc::Rc;
 
 /// Most connections at once; for another one the oldest idle one is given up.
 pub(crate) const CONNECTIONS: usize = 1024;
+/// Most tasks of connections, those included that were given up and have not ended yet.
+pub(crate) const CONNECTION_TASKS: usize = CONNECTIONS + 128;
 /// Bytes that each connection has at least, in each direction: a segment of the largest size.
 const LEAST: usize = 16 << 10;
 /// Bytes beyond those, for all.
@@ -37,6 +39,33 @@ impl Budget {
         let extra = (self.extra.get() / PART).min(EXTRA_EACH) & !0xfff;
         self.extra.set(self.extra.get() - extra);
         Share { budget: self.clone(), extra }
+    }
+}
+
+/// How many tasks of a kind there may be. They are counted before they are begun: a flood is read faster than they run.
+#[derive(Debug)]
+pub(crate) struct Slots {
+    left: Cell<usize>,
+}
+
+/// The place of one task; given back when dropped.
+#[derive(Debug)]
+pub(crate) struct Slot(Rc<Slots>);
+
+impl Slots {
+    pub(crate) fn new(most: usize) -> Rc<Self> {
+        Rc::new(Self { left: Cell::new(most) })
+    }
+
+    pub(crate) fn take(self: &Rc<Self>) -> Option<Slot> {
+        self.left.set(self.left.get().checked_sub(1)?);
+        Some(Slot(self.clone()))
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.left.set(self.0.left.get() + 1);
     }
 }
 

@@ -20,12 +20,12 @@ use tokio::io::Interest;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 
-use super::budget::Share;
+use super::budget::{Share, Slot};
 use super::datagrams::published;
 use super::decide::{Permit, Scrutiny};
 use super::inspect::{self, Beginning};
 use super::link::{Link, Wire};
-use super::packet::{Packet, Segment, Written};
+use super::packet::{Content, Packet, Segment, Written};
 use super::{Flow, GUEST, HOST, Inner, names};
 use crate::Protocol;
 use crate::audit::{Entry, Kind, Verdict};
@@ -38,6 +38,13 @@ const ANSWER: Duration = Duration::from_secs(30);
 const LINGER: Duration = Duration::from_secs(60);
 /// First port of the host's end of connections that begin at a published port.
 const FIRST_PORT: u16 = 32_768;
+/// How long the end of a connection to the name server may take.
+const GOODBYE: Duration = Duration::from_secs(5);
+/// Longest SYN, bytes: with headers of the largest size. What one carries beyond (RFC 7413) is not waited with; its sender
+/// tries again without.
+const SYN_LIMIT: usize = 120;
+/// When the host's end is asked whether it is still there, as nothing was said for so long.
+const KEEP_ALIVE: Duration = Duration::from_secs(120);
 /// Longest question over TCP, bytes, with its length.
 const QUESTION: usize = 2 + (2 << 10);
 
@@ -49,24 +56,59 @@ pub(super) struct Connection {
     heard: Cell<Instant>,
     sent: Cell<u64>,
     received: Cell<u64>,
-    given_up: Cell<bool>,
+    given_up: Cell<Option<GivenUp>>,
+    /// What the guest began it with; empty if the host did.
+    syn: RefCell<Vec<u8>>,
+    _slot: Slot,
+}
+
+/// Why a connection is given up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum GivenUp {
+    /// For another one.
+    TooMany,
+    /// The guest reset it before the host was connected.
+    Reset,
+    /// The guest uses its port anew.
+    Replaced,
+}
+
+impl GivenUp {
+    fn reason(self) -> String {
+        match self {
+            Self::TooMany => format!(
+                "more than {} connections: the oldest idle one was given up",
+                super::budget::CONNECTIONS
+            ),
+            Self::Reset => "the guest gave it up before the host was connected".to_owned(),
+            Self::Replaced => "the guest began it anew".to_owned(),
+        }
+    }
+
+    fn verdict(self, otherwise: Verdict) -> Verdict {
+        if self == Self::TooMany { Verdict::Dropped } else { otherwise }
+    }
 }
 
 impl Connection {
-    /// Begins one, for which the oldest idle one is given up if there are too many.
-    fn begin(inner: &Inner, flow: Flow) -> Rc<Self> {
+    /// Begins one, for which the oldest idle one is given up if there are too many. `None` if those that were given up have
+    /// yet to end: the guest tries again.
+    fn begin(inner: &Inner, flow: Flow, syn: &[u8]) -> Option<Rc<Self>> {
+        let slot = inner.connection_tasks.take()?;
         let connection = Rc::new(Self {
             stack: RefCell::new(None),
             event: Notify::new(),
             heard: Cell::new(Instant::now()),
             sent: Cell::new(0),
             received: Cell::new(0),
-            given_up: Cell::new(false),
+            given_up: Cell::new(None),
+            syn: RefCell::new(syn.to_vec()),
+            _slot: slot,
         });
         if let Some(oldest) = inner.register(flow, &connection) {
-            oldest.give_up();
+            oldest.give_up(GivenUp::TooMany);
         }
-        connection
+        Some(connection)
     }
 
     pub(super) fn heard(&self) -> Instant {
@@ -74,9 +116,19 @@ impl Connection {
     }
 
     /// Has its task reset and end it.
-    pub(super) fn give_up(&self) {
-        self.given_up.set(true);
+    pub(super) fn give_up(&self, why: GivenUp) {
+        self.given_up.set(Some(why));
         self.event.notify_one();
+    }
+
+    /// Whether a SYN is of another connection from the same port: then the guest knows nothing of this one any more.
+    pub(super) fn is_replaced(&self, segment: Segment) -> bool {
+        if self.stack.borrow().is_none() {
+            return false;
+        }
+        let syn = self.syn.borrow();
+        let own = Packet::parse(&syn).map(|packet| packet.content);
+        matches!(own, Some(Content::Tcp(own)) if own.sequence != segment.sequence)
     }
 
     /// Takes a segment of the guest's.
@@ -85,7 +137,12 @@ impl Connection {
         match &mut *self.stack.borrow_mut() {
             Some(stack) => stack.poll(link, Some(packet.bytes)),
             // The guest does not wait any more until the host is connected.
-            None if segment.resets => self.given_up.set(true),
+            None if segment.resets => self.given_up.set(Some(GivenUp::Reset)),
+            // Its newest try is answered.
+            None if segment.begins && packet.bytes.len() <= SYN_LIMIT => {
+                packet.bytes.clone_into(&mut self.syn.borrow_mut());
+                return;
+            }
             None => return,
         }
         self.event.notify_one();
@@ -109,7 +166,7 @@ impl Stack {
         let _ = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty());
         config.random_seed = u64::from_ne_bytes(seed);
         let mut interface =
-            Interface::new(config, &mut Wire { input: None, link }, StackInstant::from_micros(0));
+            Interface::new(config, &mut Wire { input: None, link, is_urgent: false }, StackInstant::ZERO);
         interface.update_ip_addrs(|addresses| {
             // The whole world is on this link.
             let _ = addresses.push(IpCidr::new(IpAddress::Ipv4(*own.ip()), 0));
@@ -133,7 +190,14 @@ impl Stack {
     /// Takes a packet, and sends what is to be sent.
     fn poll(&mut self, link: &Link, input: Option<&[u8]>) {
         let now = self.now();
-        self.interface.poll(now, &mut Wire { input, link }, &mut self.sockets);
+        self.interface.poll(now, &mut Wire { input, link, is_urgent: false }, &mut self.sockets);
+    }
+
+    /// Says its last, also on a link that is full: nothing would say it again.
+    fn finish(&mut self, link: &Link) {
+        // It may hold an acknowledgement back for as long as this.
+        let now = self.now() + self.socket().ack_delay().unwrap_or_default();
+        self.interface.poll(now, &mut Wire { input: None, link, is_urgent: true }, &mut self.sockets);
     }
 
     /// How long until it has something to do by itself.
@@ -151,7 +215,7 @@ impl Stack {
 
     fn abort(&mut self, link: &Link) {
         self.socket().abort();
-        self.poll(link, None);
+        self.finish(link);
     }
 }
 
@@ -171,8 +235,11 @@ pub(super) fn take(inner: &Rc<Inner>, packet: &Packet<'_>, segment: Segment) {
         return;
     }
     inner.settled(flow);
+    if packet.bytes.len() > SYN_LIMIT {
+        return;
+    }
     if segment.destination == names::PORT {
-        let connection = Connection::begin(inner, flow);
+        let Some(connection) = Connection::begin(inner, flow, packet.bytes) else { return };
         listen(inner, &connection, flow, packet.bytes);
         tokio::task::spawn_local(answer_questions(inner.clone(), connection, flow));
         return;
@@ -181,8 +248,8 @@ pub(super) fn take(inner: &Rc<Inner>, packet: &Packet<'_>, segment: Segment) {
         reset(inner, packet, segment);
         return;
     };
-    let connection = Connection::begin(inner, flow);
-    tokio::task::spawn_local(outgoing(inner.clone(), connection, flow, permit, packet.bytes.to_vec()));
+    let Some(connection) = Connection::begin(inner, flow, packet.bytes) else { return };
+    tokio::task::spawn_local(outgoing(inner.clone(), connection, flow, permit));
 }
 
 fn reset(inner: &Inner, packet: &Packet<'_>, segment: Segment) {
@@ -201,26 +268,28 @@ fn listen(inner: &Inner, connection: &Connection, flow: Flow, syn: &[u8]) {
 }
 
 /// A connection that the guest began.
-async fn outgoing(inner: Rc<Inner>, connection: Rc<Connection>, flow: Flow, permit: Permit, syn: Vec<u8>) {
+async fn outgoing(inner: Rc<Inner>, connection: Rc<Connection>, flow: Flow, permit: Permit) {
     let began = Instant::now();
     let host = tokio::select! {
+        biased;
+        why = given_up(&connection) => Err((why.verdict(Verdict::Failed), why.reason())),
         host = tokio::time::timeout(CONNECT, connect(&inner, &permit)) => {
-            host.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+            let host = host.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+            host.map_err(|error| (Verdict::Failed, error.to_string()))
         }
-        () = given_up(&connection) => Err(io::Error::other("the guest gave up, or there were too many connections")),
     };
+    let syn = connection.syn.borrow().clone();
     let end = match host {
         Ok(host) => {
             inner.decisions.write(inner.decisions.entry(Verdict::Allowed, Kind::Tcp, &permit));
             listen(&inner, &connection, flow, &syn);
-            drop(syn);
             pass(&inner, &connection, &host, Some(&permit)).await
         }
-        Err(error) => {
-            let entry = inner.decisions.entry(Verdict::Failed, Kind::Tcp, &permit);
-            inner.decisions.write(Entry { reason: Some(error.to_string()), ..entry });
+        Err((verdict, reason)) => {
+            let entry = inner.decisions.entry(verdict, Kind::Tcp, &permit);
+            inner.decisions.write(Entry { reason: Some(reason), ..entry });
             if let Some(packet) = Packet::parse(&syn)
-                && let super::packet::Content::Tcp(segment) = packet.content
+                && let Content::Tcp(segment) = packet.content
             {
                 reset(&inner, &packet, segment);
             }
@@ -231,8 +300,11 @@ async fn outgoing(inner: Rc<Inner>, connection: Rc<Connection>, flow: Flow, perm
     ended(&inner, &connection, flow, &permit, Kind::Tcp, began, &end);
 }
 
-async fn given_up(connection: &Connection) {
-    while !connection.given_up.get() {
+async fn given_up(connection: &Connection) -> GivenUp {
+    loop {
+        if let Some(why) = connection.given_up.get() {
+            return why;
+        }
         connection.event.notified().await;
     }
 }
@@ -253,8 +325,16 @@ async fn connect(inner: &Inner, permit: &Permit) -> io::Result<TcpStream> {
             proxy.connect(stream, &target).await?
         }
     };
-    stream.set_nodelay(true)?;
+    prepare(&stream)?;
     Ok(stream)
+}
+
+/// What holds for sockets of the host's: the guest's own questions whether the host is still there end here.
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    rustix::net::sockopt::set_socket_keepalive(stream, true)?;
+    rustix::net::sockopt::set_tcp_keepidle(stream, KEEP_ALIVE)?;
+    Ok(())
 }
 
 /// How a connection ended.
@@ -265,8 +345,8 @@ enum Outcome {
     Broken(String),
     /// The policy refuses what it began with; that is written down already.
     Refused,
-    /// It was given up for another one.
-    GivenUp,
+    /// It was given up.
+    GivenUp(GivenUp),
 }
 
 /// Writes down and forgets a connection that has ended.
@@ -279,22 +359,24 @@ fn ended(
     began: Instant,
     outcome: &Outcome,
 ) {
-    if let Some(stack) = &mut *connection.stack.borrow_mut()
-        && !matches!(outcome, Outcome::Complete)
-    {
-        stack.abort(&inner.link);
+    if let Some(mut stack) = connection.stack.borrow_mut().take() {
+        match outcome {
+            Outcome::Complete => stack.finish(&inner.link),
+            // The guest has another connection there.
+            Outcome::GivenUp(GivenUp::Replaced) => {}
+            _ => stack.abort(&inner.link),
+        }
     }
-    connection.stack.borrow_mut().take();
     inner.forget(flow, connection);
-    let verdict = if matches!(outcome, Outcome::GivenUp) { Verdict::Dropped } else { Verdict::Ended };
+    let verdict = match outcome {
+        Outcome::GivenUp(why) => why.verdict(Verdict::Ended),
+        _ => Verdict::Ended,
+    };
     let reason = match outcome {
         Outcome::Complete => None,
         Outcome::Broken(reason) => Some(reason.clone()),
         Outcome::Refused => Some("refused for what it began with".to_owned()),
-        Outcome::GivenUp => Some(format!(
-            "more than {} connections: the oldest idle one was given up",
-            super::budget::CONNECTIONS
-        )),
+        Outcome::GivenUp(why) => Some(why.reason()),
     };
     inner.decisions.write(Entry {
         sent: Some(connection.sent.get()),
@@ -324,13 +406,19 @@ async fn pass(inner: &Inner, connection: &Connection, host: &TcpStream, permit: 
         Progress { host_ended: false, guest_ended: false, host_is_full: false, judged: watched.is_none() };
     let mut lingers = None;
     loop {
-        if connection.given_up.get() {
+        if let Some(why) = connection.given_up.get() {
             let _ = host.set_zero_linger();
-            return Outcome::GivenUp;
+            return Outcome::GivenUp(why);
         }
         let (delay, interest, waits) = {
             let mut stack = connection.stack.borrow_mut();
             let Some(stack) = stack.as_mut() else { return Outcome::Complete };
+            // A stack that was reset before it was open listens again.
+            let is_reset = matches!(stack.socket().state(), State::Closed | State::Listen);
+            if is_reset && !(progress.host_ended && progress.guest_ended) {
+                let _ = host.set_zero_linger();
+                return Outcome::Broken("the guest reset it".to_owned());
+            }
             if !progress.judged
                 && let Some(permit) = watched
             {
@@ -505,11 +593,12 @@ pub(super) async fn publish(inner: Rc<Inner>, listener: TcpListener, guest_port:
         let flow = loop {
             let flow = Flow { guest_port, remote: SocketAddrV4::new(HOST, next_port) };
             next_port = next_port.checked_add(1).unwrap_or(FIRST_PORT);
-            if !inner.is_open(flow) {
+            if inner.is_free(flow) {
                 break flow;
             }
         };
-        let connection = Connection::begin(&inner, flow);
+        // As with a host that has no room for more.
+        let Some(connection) = Connection::begin(&inner, flow, &[]) else { continue };
         tokio::task::spawn_local(incoming(inner.clone(), connection, flow, host, peer));
     }
 }
@@ -525,7 +614,7 @@ async fn incoming(
     let began = Instant::now();
     let permit = published(peer, flow.guest_port);
     inner.decisions.write(inner.decisions.entry(Verdict::Allowed, Kind::Published, &permit));
-    let _ = host.set_nodelay(true);
+    let _ = prepare(&host);
     let mut stack = Stack::new(&inner.link, flow.remote, inner.budget.share());
     let remote = IpEndpoint::new(IpAddress::Ipv4(GUEST), flow.guest_port);
     let local = IpListenEndpoint { addr: Some(IpAddress::Ipv4(*flow.remote.ip())), port: flow.remote.port() };
@@ -537,6 +626,10 @@ async fn incoming(
     let mut outcome = None;
     let deadline = began + ANSWER;
     while outcome.is_none() {
+        if let Some(why) = connection.given_up.get() {
+            outcome = Some(Outcome::GivenUp(why));
+            break;
+        }
         let (state, delay) = match &mut *connection.stack.borrow_mut() {
             Some(stack) => {
                 stack.poll(&inner.link, None);
@@ -550,9 +643,13 @@ async fn incoming(
             }
             State::SynSent | State::SynReceived => {
                 let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+                // Time is up for what a full link does not take as well, which is no reason to look all the time.
+                let delay = delay.filter(|delay| !delay.is_zero() || inner.link.has_room());
                 let delay = delay.unwrap_or(left).min(left).max(Duration::from_millis(1));
+                let waits = !inner.link.has_room();
                 tokio::select! {
                     () = connection.event.notified() => {}
+                    () = inner.link.emptied.notified(), if waits => {}
                     () = tokio::time::sleep(delay) => {}
                 }
             }
@@ -596,8 +693,19 @@ async fn answer_questions(inner: Rc<Inner>, connection: Rc<Connection>, flow: Fl
             }
         }
     }
-    if let Some(mut stack) = connection.stack.borrow_mut().take() {
-        stack.abort(&inner.link);
+    let goodbye = with_stack(&inner, &connection, |stack| {
+        stack.socket().close();
+        matches!(stack.socket().state(), State::Closed | State::TimeWait).then_some(())
+    });
+    let _ = tokio::time::timeout(GOODBYE, goodbye).await;
+    let replaced = connection.given_up.get() == Some(GivenUp::Replaced);
+    if let Some(mut stack) = connection.stack.borrow_mut().take()
+        && !replaced
+    {
+        match stack.socket().state() {
+            State::Closed | State::TimeWait => stack.finish(&inner.link),
+            _ => stack.abort(&inner.link),
+        }
     }
     inner.forget(flow, &connection);
 }
@@ -644,7 +752,7 @@ async fn with_stack<T>(
     loop {
         let delay = {
             let mut stack = connection.stack.borrow_mut();
-            let stack = stack.as_mut().filter(|_| !connection.given_up.get())?;
+            let stack = stack.as_mut().filter(|_| connection.given_up.get().is_none())?;
             stack.poll(&inner.link, None);
             let answer = look(stack);
             stack.poll(&inner.link, None);

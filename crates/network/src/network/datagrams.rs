@@ -6,10 +6,12 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use rustix::net::SendFlags;
 use smoltcp::wire::Icmpv4DstUnreachable;
 use tokio::net::UdpSocket;
 use tokio::sync::Notify;
 
+use super::budget::{Slot, Slots};
 use super::decide::Permit;
 use super::packet::{Packet, Written};
 use super::{Flow, GUEST, HOST, Inner, MTU, names};
@@ -19,6 +21,8 @@ use crate::policy::Grounds;
 
 /// Most conversations at once; for another one the oldest idle one is given up.
 const CONVERSATIONS: usize = 256;
+/// Most tasks of conversations, those included that were given up and have not ended yet.
+const TASKS: usize = CONVERSATIONS + 64;
 /// How long nothing may be said (RFC 4787 asks for two minutes at least).
 const IDLE: Duration = Duration::from_secs(120);
 /// Bytes of headers of a datagram.
@@ -44,12 +48,25 @@ enum Way {
 }
 
 /// All conversations.
-#[derive(Default)]
 pub(crate) struct Conversations {
     open: RefCell<HashMap<Flow, Rc<Conversation>>>,
     /// The host's ends of conversations that begin outside: (published port, who wrote).
     peers: RefCell<HashMap<(u16, SocketAddr), u16>>,
     next_port: Cell<u16>,
+    tasks: Rc<Slots>,
+    questions: Rc<Slots>,
+}
+
+impl Default for Conversations {
+    fn default() -> Self {
+        Self {
+            open: RefCell::default(),
+            peers: RefCell::default(),
+            next_port: Cell::new(FIRST_PORT),
+            tasks: Slots::new(TASKS),
+            questions: Slots::new(names::PENDING),
+        }
+    }
 }
 
 impl Conversations {
@@ -73,8 +90,13 @@ impl Conversations {
 pub(crate) fn take(inner: &Rc<Inner>, packet: &Packet<'_>, source: u16, destination: u16, payload: &[u8]) {
     let remote = SocketAddrV4::new(packet.destination, destination);
     if destination == names::PORT {
+        if payload.len() > names::QUESTION_LIMIT {
+            return;
+        }
+        let Some(slot) = inner.conversations.questions.take() else { return };
         let (inner, question) = (inner.clone(), payload.to_vec());
         tokio::task::spawn_local(async move {
+            let _slot = slot;
             if let Some(answer) = inner.name_server.answer(&inner.decisions, &question, true).await {
                 inner.link.write(&Written::udp(remote, SocketAddrV4::new(GUEST, source), &answer));
             }
@@ -90,7 +112,9 @@ pub(crate) fn take(inner: &Rc<Inner>, packet: &Packet<'_>, source: u16, destinat
                 inner.link.write(&Written::unreachable(packet, Icmpv4DstUnreachable::PortUnreachable));
                 return;
             };
-            match begin(inner, flow, &permit) {
+            // What is lost in a flood may be said again.
+            let Some(slot) = inner.conversations.tasks.take() else { return };
+            match begin(inner, flow, &permit, slot) {
                 Ok(conversation) => conversation,
                 Err(error) => {
                     let entry = inner.decisions.entry(Verdict::Failed, Kind::Udp, &permit);
@@ -104,13 +128,14 @@ pub(crate) fn take(inner: &Rc<Inner>, packet: &Packet<'_>, source: u16, destinat
     conversation.heard.set(Instant::now());
     conversation.sent.set(conversation.sent.get() + payload.len() as u64);
     // One that does not fit the host's buffer is lost, as on any way.
+    // Not by `try_send`, for which a socket must have waited before.
     let _ = match &conversation.way {
-        Way::Out(socket) => socket.try_send(payload),
-        Way::Back(socket, peer) => socket.try_send_to(payload, *peer),
+        Way::Out(socket) => rustix::net::send(socket, payload, SendFlags::DONTWAIT),
+        Way::Back(socket, peer) => rustix::net::sendto(socket, payload, SendFlags::DONTWAIT, peer),
     };
 }
 
-fn begin(inner: &Rc<Inner>, flow: Flow, permit: &Permit) -> std::io::Result<Rc<Conversation>> {
+fn begin(inner: &Rc<Inner>, flow: Flow, permit: &Permit, slot: Slot) -> std::io::Result<Rc<Conversation>> {
     let local: SocketAddr =
         if permit.target.ip().is_loopback() { (Ipv4Addr::LOCALHOST, 0) } else { (Ipv4Addr::UNSPECIFIED, 0) }
             .into();
@@ -121,6 +146,7 @@ fn begin(inner: &Rc<Inner>, flow: Flow, permit: &Permit) -> std::io::Result<Rc<C
     let (inner, hearing) = (inner.clone(), conversation.clone());
     let permit = permit.clone();
     tokio::task::spawn_local(async move {
+        let _slot = slot;
         let Way::Out(socket) = &hearing.way else { return };
         let mut failed = None;
         loop {
@@ -135,13 +161,17 @@ fn begin(inner: &Rc<Inner>, flow: Flow, permit: &Permit) -> std::io::Result<Rc<C
                 () = tokio::time::sleep(left), if !left.is_zero() => continue,
                 () = std::future::ready(()), if left.is_zero() => break,
             }
-            let mut buffer = inner.datagram.borrow_mut();
-            match socket.try_recv(&mut buffer) {
-                Ok(length) => hear(&inner, flow, &hearing, &buffer[..length]),
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-                // The host was told that nobody is there. Whoever asks again may be heard.
-                Err(error) => failed = Some(error.to_string()),
+            {
+                let mut buffer = inner.datagram.borrow_mut();
+                match socket.try_recv(&mut buffer) {
+                    Ok(length) => hear(&inner, flow, &hearing, &buffer[..length]),
+                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                    // The host was told that nobody is there. Whoever asks again may be heard.
+                    Err(error) => failed = Some(error.to_string()),
+                }
             }
+            // Whoever says much without end must not keep the others from their turn.
+            tokio::task::yield_now().await;
         }
         close(&inner, flow, &hearing, &permit, Kind::Udp, failed);
     });
@@ -206,13 +236,14 @@ pub(crate) async fn publish(inner: Rc<Inner>, socket: UdpSocket, guest_port: u16
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         }
+        tokio::task::yield_now().await;
         let mut buffer = inner.datagram.borrow_mut();
         // An error is news of a peer that is gone.
         let Ok((length, peer)) = socket.try_recv_from(&mut buffer) else { continue };
         let conversations = &inner.conversations;
         let known = conversations.peers.borrow().get(&(guest_port, peer)).copied();
         let port = known.unwrap_or_else(|| {
-            let port = conversations.next_port.get().max(FIRST_PORT);
+            let port = conversations.next_port.get();
             conversations.next_port.set(port.checked_add(1).unwrap_or(FIRST_PORT));
             port
         });
@@ -224,11 +255,19 @@ pub(crate) async fn publish(inner: Rc<Inner>, socket: UdpSocket, guest_port: u16
             }
             Some(_) => continue,
             None => {
+                let Some(slot) = conversations.tasks.take() else { continue };
                 let permit = published(peer, guest_port);
                 let way = Way::Back(socket.clone(), peer);
                 let conversation = open(&inner, flow, way, permit.clone(), Kind::Published);
                 conversations.peers.borrow_mut().insert((guest_port, peer), port);
-                tokio::task::spawn_local(forget(inner.clone(), flow, conversation.clone(), peer, permit));
+                tokio::task::spawn_local(forget(
+                    inner.clone(),
+                    flow,
+                    conversation.clone(),
+                    peer,
+                    permit,
+                    slot,
+                ));
                 conversation
             }
         };
@@ -243,6 +282,7 @@ async fn forget(
     conversation: Rc<Conversation>,
     peer: SocketAddr,
     permit: Permit,
+    _slot: Slot,
 ) {
     loop {
         let left = (conversation.heard.get() + IDLE).saturating_duration_since(Instant::now());

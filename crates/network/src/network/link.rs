@@ -149,6 +149,8 @@ pub(crate) fn split(bytes: &[u8]) -> io::Result<Option<(&[u8], &[u8])>> {
 pub(crate) struct Wire<'a> {
     pub input: Option<&'a [u8]>,
     pub link: &'a Link,
+    /// Whether it may send though the link is full.
+    pub is_urgent: bool,
 }
 
 impl Device for Wire<'_> {
@@ -167,7 +169,7 @@ impl Device for Wire<'_> {
     }
 
     fn transmit(&mut self, _: Instant) -> Option<Sent<'_>> {
-        self.link.has_room().then_some(Sent(self.link))
+        (self.is_urgent || self.link.has_room()).then_some(Sent(self.link))
     }
 
     fn capabilities(&self) -> DeviceCapabilities {

@@ -12,6 +12,8 @@ mod budget;
 mod connection;
 mod datagrams;
 mod decide;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod inspect;
 mod link;
 mod names;
@@ -34,8 +36,8 @@ use tokio::sync::oneshot;
 
 use crate::Policy;
 use crate::audit::AuditLog;
-use budget::{Budget, CONNECTIONS};
-use connection::Connection;
+use budget::{Budget, CONNECTION_TASKS, CONNECTIONS, Slots};
+use connection::{Connection, GivenUp};
 use datagrams::Conversations;
 use decide::Decisions;
 use link::Link;
@@ -202,6 +204,7 @@ struct Inner {
     proxy: Option<proxy::Proxy>,
     budget: Rc<Budget>,
     connections: RefCell<HashMap<Flow, Rc<Connection>>>,
+    connection_tasks: Rc<Slots>,
     conversations: Conversations,
     /// Where a datagram is read into before it is passed on.
     datagram: RefCell<Vec<u8>>,
@@ -221,6 +224,7 @@ impl Inner {
             proxy: proxy.map_err(|reason| io::Error::new(io::ErrorKind::InvalidInput, reason))?,
             budget: Budget::new(),
             connections: RefCell::default(),
+            connection_tasks: Slots::new(CONNECTION_TASKS),
             conversations: Conversations::default(),
             datagram: RefCell::new(vec![0; 64 << 10]),
             broken: RefCell::new(settings.broken.into_iter().take(BROKEN_LIMIT).collect()),
@@ -285,6 +289,11 @@ impl Inner {
                 };
                 let known = self.connections.borrow().get(&flow).cloned();
                 match known {
+                    Some(connection) if segment.begins && connection.is_replaced(segment) => {
+                        connection.give_up(GivenUp::Replaced);
+                        self.forget(flow, &connection);
+                        connection::take(self, &packet, segment);
+                    }
                     Some(connection) => connection.take(&self.link, &packet, segment),
                     None => connection::take(self, &packet, segment),
                 }
@@ -323,6 +332,11 @@ impl Inner {
 
     fn is_open(&self, flow: Flow) -> bool {
         self.connections.borrow().contains_key(&flow)
+    }
+
+    /// Whether the guest knows of no such connection.
+    fn is_free(&self, flow: Flow) -> bool {
+        !self.is_open(flow) && !self.broken.borrow().contains(&flow)
     }
 
     fn forget(&self, flow: Flow, connection: &Rc<Connection>) {

@@ -26,14 +26,15 @@ pub(crate) const PORT: u16 = 53;
 const DATAGRAM: u16 = 512;
 const DATAGRAM_LIMIT: u16 = 1232;
 /// Longest question, bytes: one name and options.
-const QUESTION_LIMIT: usize = 2048;
-/// Most questions that are being answered.
-const PENDING: usize = 128;
+pub(crate) const QUESTION_LIMIT: usize = 2048;
+/// Most questions that are being answered; of those over UDP, as many are waited with.
+pub(crate) const PENDING: usize = 128;
 /// Most answers that are remembered.
 const CACHED: u64 = 512;
-/// How long a name server may take, and how often it is asked again.
-const PATIENCE: Duration = Duration::from_secs(3);
-const ATTEMPTS: usize = 2;
+/// How long a name server may take, and how often it is asked again: both together are less than the five seconds that the
+/// guest's own libraries wait.
+const PATIENCE: Duration = Duration::from_secs(2);
+const ATTEMPTS: usize = 1;
 /// How long the name of the host itself holds, seconds.
 const HOST_TTL: u32 = 60;
 

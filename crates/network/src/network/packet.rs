@@ -4,8 +4,8 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
-    Icmpv4DstUnreachable, Icmpv4Message, Icmpv4Packet, Icmpv4Repr, IpProtocol, Ipv4Packet, Ipv4Repr,
-    TcpControl, TcpPacket, TcpRepr, TcpSeqNumber, UdpPacket, UdpRepr,
+    Icmpv4DstUnreachable, Icmpv4Message, Icmpv4Packet, Icmpv4Repr, IpAddress, IpProtocol, Ipv4Packet,
+    Ipv4Repr, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber, UdpPacket, UdpRepr,
 };
 
 /// Hops left to what is sent to the guest, which is one away.
@@ -49,7 +49,7 @@ pub(crate) struct Segment {
     pub destination: u16,
     pub begins: bool,
     pub resets: bool,
-    sequence: TcpSeqNumber,
+    pub sequence: TcpSeqNumber,
     acknowledges: Option<TcpSeqNumber>,
     length: usize,
 }
@@ -69,6 +69,8 @@ impl<'a> Packet<'a> {
         let bytes = bytes.get(..usize::from(packet.total_len()))?;
         let payload = bytes.get(usize::from(packet.header_len())..)?;
         let content = match packet.next_header() {
+            // No connection leads to more than one place, and none of the stacks here takes that for an address.
+            IpProtocol::Tcp if !IpAddress::Ipv4(packet.dst_addr()).is_unicast() => Content::Other,
             IpProtocol::Tcp => Content::Tcp(Segment::parse(payload)?),
             IpProtocol::Udp => {
                 let datagram = UdpPacket::new_checked(payload).ok()?;

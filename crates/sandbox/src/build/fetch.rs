@@ -26,9 +26,11 @@ use reqwest::header::LOCATION;
 use reqwest::{Response, StatusCode, Url, redirect};
 use tokio::time::timeout;
 
+use crate::configuration::NetworkMode;
+use crate::network::NetworkSpec;
 use crate::problem::problem;
 
-/// What ADD may reach.
+/// What ADD may reach, and the programs of RUN.
 #[derive(Clone, Debug, Default)]
 pub struct Egress {
     /// What holds where no rule says anything.
@@ -40,6 +42,15 @@ pub struct Egress {
 }
 
 impl Egress {
+    /// The same for the machines of a build.
+    pub(super) fn network(&self) -> NetworkSpec {
+        let mode = match self.mode {
+            Mode::None => NetworkMode::None,
+            Mode::Public => NetworkMode::Public,
+        };
+        NetworkSpec { mode, allow: self.allow.clone(), deny: self.deny.clone(), ports: Vec::new() }
+    }
+
     /// The policy of this machine.
     pub(super) fn policy(&self) -> Policy {
         let own = super::addresses::own();

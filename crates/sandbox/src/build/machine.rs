@@ -172,6 +172,7 @@ fn exec(step: &Step) -> Exec {
         root: Some(LayeredRoot {
             lower: step.lower.clone(),
             upper: step.upper,
+            network: step.network,
             mounts: step.mounts.iter().map(mount).collect(),
         }),
     }

@@ -93,7 +93,7 @@ pub struct ImageBuilder {
     pub resources: Resources,
     /// How images that are not here are fetched.
     pub registry: RegistryOptions,
-    /// What ADD may reach.
+    /// What ADD and RUN may reach.
     pub egress: Egress,
 }
 
@@ -423,7 +423,8 @@ impl Executor for Machines<'_> {
         let Resources { vcpus, memory_mib, disk_mib } = self.builder.resources;
         crate::setup::ensure_kernel(&self.builder.home, &mut |_| {}).map_err(failure)?;
         let name = format!("build-{}", &random_word()[..8]);
-        let spec = launch::for_build(name, root_file_system, vcpus, memory_mib, disk_mib);
+        let network = self.builder.egress.network();
+        let spec = launch::for_build(name, root_file_system, vcpus, memory_mib, disk_mib, network);
         let held = client::create(&self.builder.home, &spec, Life::Temporary, None).map_err(failure)?;
         let lease = self
             .runtime

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use agentkernel_machine::Machine;
 use agentkernel_machine::accelerator::{self, Accelerator};
 use agentkernel_machine::kernel;
-use agentkernel_machine::qemu::{self, Disk, DiskDurability, MachineConfig};
+use agentkernel_machine::qemu::{self, Disk, DiskDurability, MachineConfig, NetworkCard};
+use agentkernel_network::Network;
 use tokio::net::UnixStream;
 
 use crate::problem::{Problem, io, plain, problem};
@@ -25,6 +26,7 @@ pub(super) const WRITABLE_SERIAL: &str = "writable";
 pub(super) struct Started {
     pub machine: Arc<dyn Machine>,
     pub accelerator: Accelerator,
+    pub network: Arc<Network>,
     stream: Option<UnixStream>,
 }
 
@@ -36,13 +38,15 @@ impl Started {
 }
 
 /// Starts the machine of `spec`, whose process keeps `lock` open as long as it lives. It boots, or goes on from what is
-/// restored.
+/// restored. Its card leads to `network`.
+#[allow(clippy::too_many_arguments)]
 pub(super) async fn start(
     spec: &Spec,
     directory: &SandboxDirectory,
     program: &Path,
     lock: &File,
     restore: Option<(qemu::Restore, &Fingerprint)>,
+    (network, card): (Network, NetworkCard),
     console: impl FnMut(&[u8]) + Send + 'static,
     watchers: impl FnOnce() -> Result<(), String> + Send + 'static,
 ) -> Result<Started, Problem> {
@@ -72,6 +76,7 @@ pub(super) async fn start(
         memory_mib: u32::try_from(spec.memory_mib)
             .map_err(|_| plain("memory-size", "that is more memory than a machine can have", None))?,
         disks: disks(spec, directory)?,
+        network: Some(card),
         launcher: program.to_owned(),
         machine_uid: None,
         inherit: vec![lock.into()],
@@ -82,7 +87,7 @@ pub(super) async fn start(
     let machine =
         qemu::start(config).await.map_err(|error| problem("machine-start", &error, error.hint()))?;
     let stream = machine.take_stream();
-    Ok(Started { machine: Arc::new(machine), stream, accelerator })
+    Ok(Started { machine: Arc::new(machine), accelerator, network: Arc::new(network), stream })
 }
 
 fn disks(spec: &Spec, directory: &SandboxDirectory) -> Result<Vec<Disk>, Problem> {

@@ -20,6 +20,7 @@ mod clients;
 mod confine;
 mod detached;
 mod machine;
+mod network;
 mod relay;
 mod session;
 mod still;
@@ -27,6 +28,8 @@ mod still;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+
+pub use agentkernel_network::Proxy;
 
 use crate::problem::{Problem, io, os, plain};
 use crate::spec::Spec;
@@ -36,11 +39,11 @@ use crate::state::SandboxDirectory;
 pub(crate) const CONTROL_SOCKET: &str = "control.sock";
 
 /// Runs the supervisor of the sandbox in `directory` until the sandbox is gone or rests. `program` is the one with the
-/// hidden verbs: ours.
+/// hidden verbs: ours; `proxy` is the one of the host's environment.
 ///
 /// # Errors
 /// What made the start fail; the holder of the lease was told the same.
-pub fn main(directory: PathBuf, program: &Path) -> Result<(), Problem> {
+pub fn main(directory: PathBuf, program: &Path, proxy: Option<Proxy>) -> Result<(), Problem> {
     // A session of its own: neither Ctrl-C at the terminal nor its end is for the supervisor.
     let _ = rustix::process::setsid();
     let inherited = Inherited::take()?;
@@ -55,7 +58,7 @@ pub fn main(directory: PathBuf, program: &Path) -> Result<(), Problem> {
         .thread_keep_alive(std::time::Duration::from_secs(60))
         .build()
         .map_err(io("start the supervisor"))?;
-    let result = runtime.block_on(session::run(spec, &sandbox, program, inherited));
+    let result = runtime.block_on(session::run(spec, &sandbox, program, proxy, inherited));
     // Threads that serve files may still wait for the disk; the machine they worked for is gone.
     runtime.shutdown_background();
     match result {

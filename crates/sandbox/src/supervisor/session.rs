@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use agentkernel_machine::accelerator::Accelerator;
+use agentkernel_network::{Flow, Published};
 use agentkernel_protocol::control::{ControlReply, Event, LeaseInput};
 use agentkernel_protocol::frame;
 use agentkernel_protocol::message::{
@@ -22,7 +23,7 @@ use tokio::sync::mpsc;
 use super::clients::{self, Clients, Stop};
 use super::confine::{Reach, confine, confine_thread};
 use super::still::Still;
-use super::{CONTROL_SOCKET, Inherited, machine, relay};
+use super::{CONTROL_SOCKET, Inherited, Proxy, machine, network, relay};
 use crate::collect;
 use crate::deadline::{self, Clocks, unix_ms};
 use crate::exports::{Exports, mounts};
@@ -68,6 +69,14 @@ enum Needs {
     Identity,
 }
 
+/// What a machine is started with, however often that is tried.
+struct Ground<'a> {
+    program: &'a Path,
+    lock: &'a std::fs::File,
+    reach: &'a Reach,
+    published: &'a [Published],
+}
+
 /// A machine whose agent has something to say.
 struct Up {
     started: machine::Started,
@@ -99,6 +108,7 @@ pub(super) async fn run(
     spec: Spec,
     sandbox: &SandboxDirectory,
     program: &Path,
+    proxy: Option<Proxy>,
     inherited: Inherited,
 ) -> Result<End, Problem> {
     let Inherited { lease, lock } = inherited;
@@ -106,6 +116,7 @@ pub(super) async fn run(
     let session = Session {
         spec: Arc::new(spec),
         sandbox: sandbox.clone(),
+        proxy,
         temporary: sandbox.is_temporary(),
         record: Record::open(sandbox.path()),
         live: RefCell::new(Live {
@@ -155,6 +166,8 @@ pub(super) async fn run(
 struct Session {
     spec: Arc<Spec>,
     sandbox: SandboxDirectory,
+    /// Of the host's environment.
+    proxy: Option<Proxy>,
     temporary: bool,
     record: Record,
     live: RefCell<Live>,
@@ -183,24 +196,32 @@ impl Session {
         self.enter(Phase::Starting)?;
         let listener = UnixListener::bind(CONTROL_SOCKET).map_err(io("open the control socket"))?;
         let terminate = signal(SignalKind::terminate()).map_err(io("listen to signals"))?;
+        if self.proxy.as_ref().is_some_and(|proxy| !network::is_usable(proxy)) {
+            let text = "the environment's proxy is not used: only those of http:// are spoken to";
+            self.record.say("warning", text);
+        }
         let restore = self.restore()?;
         let exports = Arc::new(Exports::open(&self.spec, &self.sandbox)?);
-        // TODO(wire): give to Network.
-        let _published = crate::network::publish(&self.spec, &self.sandbox)?;
+        let published = crate::network::publish(&self.spec, &self.sandbox)?;
         tracing::debug!("the supervisor is up");
         let reach = Reach {
             read: exports.read_roots(),
             write: exports.write_roots(),
             own: self.sandbox.path().to_owned(),
         };
-        let Some(up) = self.come_up(program, lease, lock, &reach, restore, &exports).await? else {
+        let ground = Ground { program, lock, reach: &reach, published: &published };
+        let Some(up) = self.come_up(&ground, lease, restore, &exports).await? else {
             return Ok(Wish::LeaseEnded);
         };
+        // The network has them.
+        drop(published);
         confine(&reach).map_err(|message| {
             plain("confinement", format!("the supervisor cannot confine itself: {message}"), None)
         })?;
         tracing::debug!("the machine's process runs");
         let machine = up.started.machine.clone();
+        // As long as the machine.
+        let _network = up.started.network.clone();
         let wish = Rc::new(RefCell::new(None));
         let talk = self.converse(&exports, &listener, up, lease, terminate, &wish);
         let ended = tokio::select! {
@@ -251,16 +272,14 @@ impl Session {
     /// confined yet.
     async fn come_up(
         &self,
-        program: &Path,
+        ground: &Ground<'_>,
         lease: &mut Lease,
-        lock: &std::fs::File,
-        reach: &Reach,
         restore: Option<Restore>,
         exports: &Exports,
     ) -> Result<Option<Up>, Problem> {
-        let Some(restore) = restore else { return self.boot(program, lease, lock, reach).await };
+        let Some(restore) = restore else { return self.boot(ground, lease).await };
         let (from, directory) = (restore.from, restore.directory.clone());
-        let failed = match self.resume(program, lease, lock, reach, restore, exports).await {
+        let failed = match self.resume(ground, lease, restore, exports).await {
             Ok(Some(up)) => return Ok(Some(up)),
             Ok(None) => return Ok(None),
             Err(problem) => problem,
@@ -271,24 +290,22 @@ impl Session {
         // A template only saves time. Its disk is a whole one, whatever its memory is.
         crate::templates::forget(self.sandbox.home(), &directory);
         self.record.say("warning", &format!("a template was not used: {}", failed.message));
-        self.boot(program, lease, lock, reach).await
+        self.boot(ground, lease).await
     }
 
     /// Has a machine go on from where it was saved.
     async fn resume(
         &self,
-        program: &Path,
+        ground: &Ground<'_>,
         lease: &mut Lease,
-        lock: &std::fs::File,
-        reach: &Reach,
         restore: Restore,
         exports: &Exports,
     ) -> Result<Option<Up>, Problem> {
-        let Restore { from, machine, epoch, tables, fingerprint, .. } = restore;
+        let Restore { from, machine, epoch, tables, fingerprint, flows, .. } = restore;
         exports.adopt(&tables, from)?;
         let epoch =
             epoch.checked_add(1).ok_or_else(|| plain("restore", "it was restored too often", None))?;
-        let mut started = self.start_machine(program, lock, reach, Some((machine, &fingerprint))).await?;
+        let mut started = self.start_machine(ground, Some((machine, &fingerprint)), flows).await?;
         tracing::debug!("the machine's process is jailed");
         let mut port = Port::new(started.take_stream()?);
         port.hail(epoch).await.map_err(|error| problem("restore", &error, None))?;
@@ -312,16 +329,10 @@ impl Session {
     }
 
     /// Starts the machine, again if it does not come up; `None` if nobody waits for it any more.
-    async fn boot(
-        &self,
-        program: &Path,
-        lease: &mut Lease,
-        lock: &std::fs::File,
-        reach: &Reach,
-    ) -> Result<Option<Up>, Problem> {
+    async fn boot(&self, ground: &Ground<'_>, lease: &mut Lease) -> Result<Option<Up>, Problem> {
         let mut limits = BOOT_LIMITS.iter();
         loop {
-            let mut started = self.start_machine(program, lock, reach, None).await?;
+            let mut started = self.start_machine(ground, None, Vec::new()).await?;
             let mut port = Port::new(started.take_stream()?);
             let epoch = 1;
             port.hail(epoch).await.map_err(|error| problem("boot", &error, None))?;
@@ -344,16 +355,17 @@ impl Session {
 
     async fn start_machine(
         &self,
-        program: &Path,
-        lock: &std::fs::File,
-        reach: &Reach,
+        ground: &Ground<'_>,
         restore: Option<(agentkernel_machine::qemu::Restore, &saved::Fingerprint)>,
+        broken: Vec<Flow>,
     ) -> Result<machine::Started, Problem> {
+        let Ground { program, lock, reach, published } = *ground;
         let watched = reach.clone();
         let watchers = move || confine_thread(&watched);
         let log = self.record.console();
+        let network = network::start(&self.spec, self.sandbox.path(), self.proxy.clone(), published, broken)?;
         let started =
-            machine::start(&self.spec, &self.sandbox, program, lock, restore, log, watchers).await?;
+            machine::start(&self.spec, &self.sandbox, program, lock, restore, network, log, watchers).await?;
         {
             let mut live = self.live.borrow_mut();
             live.machine = Some(started.machine.process());
@@ -432,7 +444,13 @@ impl Session {
                 self.spec.clone(),
                 self.sandbox.path().to_owned(),
                 exports.clone(),
-                Still::new(started.machine.clone(), opener.clone(), epoch, self.sandbox.is_template()),
+                Still::new(
+                    started.machine.clone(),
+                    started.network.clone(),
+                    opener.clone(),
+                    epoch,
+                    self.sandbox.is_template(),
+                ),
                 stops,
             ));
             let reason = tokio::select! {
@@ -487,6 +505,7 @@ impl Session {
             },
             writable: Writable::Disk { serial: machine::WRITABLE_SERIAL.into() },
             prepare: if self.sandbox.is_template() { Exports::WORKSPACE.into() } else { String::new() },
+            link: network::link(),
         });
         // A template is saved before it is anybody's.
         let furnish = needs != Needs::Identity && !self.sandbox.is_template();

@@ -11,7 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use agentkernel_machine::Machine;
-use agentkernel_protocol::control::{ControlReply, Saved};
+use agentkernel_network::Network;
+use agentkernel_protocol::control::{Connection, ControlReply, Saved};
 use agentkernel_protocol::frame;
 use agentkernel_protocol::message::{Programs, Reply, Request};
 use agentkernel_protocol::mux::{Opener, Stream};
@@ -31,6 +32,7 @@ const COPY_PATIENCE: Duration = Duration::from_secs(300);
 /// The machine's stop and go.
 pub(super) struct Still {
     machine: Arc<dyn Machine>,
+    network: Arc<Network>,
     opener: Opener,
     epoch: u32,
     /// It becomes a template: nothing that was started in it may run on where it is restored, and what its guest has seen of
@@ -41,9 +43,15 @@ pub(super) struct Still {
 }
 
 impl Still {
-    pub(super) fn new(machine: Arc<dyn Machine>, opener: Opener, epoch: u32, is_template: bool) -> Self {
+    pub(super) fn new(
+        machine: Arc<dyn Machine>,
+        network: Arc<Network>,
+        opener: Opener,
+        epoch: u32,
+        is_template: bool,
+    ) -> Self {
         let paused = watch::Sender::new(false);
-        Self { machine, opener, epoch, is_template, alone: Mutex::new(()), paused }
+        Self { machine, network, opener, epoch, is_template, alone: Mutex::new(()), paused }
     }
 
     /// Whether its user has paused it.
@@ -134,7 +142,14 @@ impl Still {
         let devices = ByteBuf::from(self.machine.save().await.map_err(refused)?);
         let tables = exports.save(self.is_template);
         let file_systems = tables.iter().map(|(tag, table)| (tag.clone(), table.len() as u64)).collect();
-        let saved = ControlReply::Saved(Box::new(Saved { epoch: self.epoch, devices, file_systems }));
+        let connections = self.network.flows().into_iter().map(|flow| Connection {
+            guest_port: flow.guest_port,
+            address: flow.remote.ip().octets(),
+            port: flow.remote.port(),
+        });
+        let connections = connections.collect();
+        let saved = Saved { epoch: self.epoch, devices, file_systems, connections };
+        let saved = ControlReply::Saved(Box::new(saved));
         frame::write(client, &saved).await.map_err(|error| problem("control", &error, None))?;
         let sent = async {
             for (_, table) in &tables {

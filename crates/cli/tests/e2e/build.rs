@@ -93,7 +93,7 @@ fn a_step_has_the_network_that_is_asked_for() {
     });
     host.write(
         "Dockerfile",
-        &format!(
+        format!(
             "FROM base\nRUN --network=none test $(wc -l < /proc/net/dev) = 3 && busybox ping -c 1 127.0.0.1 && {refused}\n\
              RUN busybox grep -q eth0 /proc/net/dev && {fetch} > /fetched\n\
              USER app\nRUN --network=none {refused}\n"
@@ -105,7 +105,7 @@ fn a_step_has_the_network_that_is_asked_for() {
     let server = serving.join().unwrap();
     let said = host.agentkernel(&["run", "-q", "-i", "networks", "--", "cat", "/fetched"]);
     assert_eq!(said.expect(0), "from the host\n");
-    host.write("Dockerfile", &format!("FROM base\nRUN {refused}\n"));
+    host.write("Dockerfile", format!("FROM base\nRUN {refused}\n"));
     host.agentkernel(&["build", "-t", "networks", "."]).expect(0);
     assert!(server.accept().is_err(), "this machine was reached without being allowed");
 }

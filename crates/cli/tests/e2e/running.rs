@@ -31,7 +31,7 @@ fn a_command_runs_in_a_machine_of_its_own() {
     assert_ne!(Some(lines[10]), std::fs::read_to_string("/etc/machine-id").ok().as_deref().map(str::trim));
     assert_eq!(lines[11], "my-box");
     assert_eq!(lines[12], "writable");
-    assert_eq!(lines[13..], ["/sys/class/net/lo"]);
+    assert_eq!(lines[13..], ["/sys/class/net/eth0", "/sys/class/net/lo"]);
     assert_eq!(said.stderr, "");
 }
 

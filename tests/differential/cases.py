@@ -68,7 +68,12 @@ CASES = [
     case("arg-and-env", "FROM base\nARG X=arg\nENV X=env\nRUN echo $X > /x\nARG X=later\nRUN echo $X > /y\n", flags=["--build-arg", "X=given"]),
     case("arg-inherited", "FROM base AS one\nARG A=a\nENV E=e\nFROM one\nRUN echo [$A] > /x\nLABEL l=$A$E\n"),
     case("arg-empty", "FROM base\nENV X=e\nARG X\nARG Y=\nRUN echo [$X][${Y-unset}] > /x\nLABEL l=$X\n"),
-    case("env-forms", "FROM base\nENV A=1 B=\"two words\" C='$A' D=a\\ b E=${A}x\nENV F one two  three\nENV A=2 G=$A\nRUN env | grep -v -e HOSTNAME -e PWD -e SHLVL -e USER -e LOGNAME | sort > /env\n"),
+    case("env-forms", "FROM base\nENV A=1 B=\"two words\" C='$A' D=a\\ b E=${A}x\nENV F one two  three\nENV A=2 G=$A\nRUN env | grep -v -e HOSTNAME -e PWD -e SHLVL -e USER -e LOGNAME -e agentkernel-certificates | sort > /env\n"),
+    case("bundle", "FROM base\nCOPY a /etc/ssl/certs/ca-certificates.crt\nCOPY a /etc/ssl/ca-bundle.pem\nRUN true\nRUN echo x > /x && mkdir /etc/new\n"
+         "RUN echo more >> /etc/ssl/ca-bundle.pem; chmod 600 /etc/ssl/certs/ca-certificates.crt\n"
+         "RUN cd /etc/ssl/certs && echo all > new && mv new ca-certificates.crt; rm ../ca-bundle.pem\n"
+         "COPY a /etc/pki/tls/cert.pem\nRUN rm -r /etc/ssl && mv /etc/pki/tls/cert.pem /moved\n", {"a": "not ended"}),
+    case("bundle-kept", "FROM base\nCOPY a /etc/ssl/certs/ca-certificates.crt\nCOPY a /etc/ssl/ca-bundle.pem\nRUN echo more >> /etc/ssl/ca-bundle.pem; chmod 600 /etc/ssl/certs/ca-certificates.crt; cp /etc/ssl/certs/ca-certificates.crt /copy\n", {"a": "ended\n"}),
     case("expansion", "FROM base\nENV A=val E=\nLABEL a=${A:-d} b=${N:-d} c=${E:-d} d=${A:+p} e=${N:+p} f=\"${A}\" g='$A' h=\\$A i=${N:-${A}}\nWORKDIR /w/$A\nCOPY ${A:+a}.txt ./$A.txt\nEXPOSE ${P:-80}\nVOLUME /v/$A\nSTOPSIGNAL ${S:-SIGINT}\n"),
     case("labels", 'FROM base\nLABEL one=1 two="2 2" "three three"=3\nLABEL one=changed multi="a\\\nb"\nLABEL old style value\n'),
     case("cmd-entrypoint", 'FROM base\nCMD ["base"]\nENTRYPOINT ["e", "f"]\nCMD shell form "x"\n'),

@@ -49,6 +49,13 @@ pub(crate) fn current_directory() -> Result<PathBuf, Problem> {
     })
 }
 
+/// The bundle of certificates that the user trusts, if they name one.
+pub(crate) fn certificates() -> Option<PathBuf> {
+    let named = env::var_os("SSL_CERT_FILE").filter(|value| !value.is_empty())?;
+    // The supervisor is elsewhere.
+    std::path::absolute(named).ok()
+}
+
 /// Path of this program, for the processes it starts of itself.
 pub(crate) fn program() -> Result<PathBuf, Problem> {
     env::current_exe()

@@ -4,9 +4,10 @@
 //! initramfs /            /served/TAG   served file systems, as mounted by `fuse`
 //!                        /image        EROFS image, if the root is one
 //!                        /writable     ext4: root/{upper,work}, TAG/{upper,work}
+//!                        /trust        bundles of certificates, with the host's
 //!                        /prepared     a copy-on-write mount that waits for its place
 //!                        /identity     files that are mounted over the root's and the kernel's
-//! new root  /            overlay(lower = served or image, upper = writable/root)
+//! new root  /            overlay(lower = trust over served or image, upper = writable/root)
 //!           TARGET       served file system, or overlay(lower = served, upper = writable/TAG)
 //!           /proc ...    moved from the initramfs
 //! ```
@@ -30,6 +31,7 @@ use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
 
 use crate::exec::cgroup;
 use crate::layers::Layers;
+use crate::trust::{BUNDLE, Trust};
 use crate::{fuse, network, system};
 
 /// Name of the cgroup of all programs.
@@ -37,6 +39,7 @@ const PROGRAMS: &str = "programs";
 const NEW_ROOT: &str = "/root-to-be";
 const WRITABLE: &str = "/writable";
 const PREPARED: &str = "/prepared";
+const TRUST: &str = "/trust";
 /// Nothing that Docker's overlays do not do either: a directory's rename is `EXDEV`, and upper layers need no index.
 pub(crate) const OVERLAY_OPTIONS: &str = "redirect_dir=off,metacopy=off,index=off";
 /// Most processes of what runs in a machine that is not furnished yet.
@@ -120,7 +123,9 @@ pub(crate) fn assemble(wish: &Assemble, file_systems: &BTreeSet<String>) -> Resu
     mount_disk(serial, WRITABLE, "ext4", MountFlags::NOATIME, "noinit_itable")?;
     let writable = open_directory(WRITABLE)?;
     make_directory(NEW_ROOT, 0o755)?;
-    overlay(&lower, &writable, "root", Path::new(NEW_ROOT), 0o755, (0, 0))?;
+    overlay(&[&lower], &writable, "root", Path::new(NEW_ROOT), 0o755, (0, 0))?;
+    let trust = Trust::new(&wish.authorities);
+    let bundle = lay_over(&trust, &lower, &writable)?;
     let root = open_directory(NEW_ROOT)?;
     make_standard_directories(&root, matches!(wish.root, Root::FileSystem { .. }))?;
     // Before the mounts: a project may lie below it, as removable disks do.
@@ -133,17 +138,37 @@ pub(crate) fn assemble(wish: &Assemble, file_systems: &BTreeSet<String>) -> Resu
     let proc = open_directory("/proc")?;
     let image = open_directory(&lower)?;
     switch_root()?;
+    if !bundle.is_empty() {
+        write_file(Path::new(BUNDLE), 0o644, &bundle)?;
+    }
     network::set_up(&wish.link)?;
     Ok(Layout {
         initial,
         identity,
-        layers: Arc::new(Layers::new(writable.try_clone().map_err(say("reach the layers"))?, image)),
+        layers: Arc::new(Layers::new(writable.try_clone().map_err(say("reach the layers"))?, image, trust)),
         writable,
         cgroups,
         proc,
         prepared,
         furniture: OnceLock::new(),
     })
+}
+
+/// Puts the host's authorities between the new root's layers; returns the bundle of all.
+fn lay_over(trust: &Trust, lower: &Path, writable: &OwnedFd) -> Result<Vec<u8>, String> {
+    let root = open_directory(NEW_ROOT)?;
+    let laid = trust.survey(&root, true);
+    if !laid.is_empty() {
+        make_directory(TRUST, 0o755)?;
+        mount("trust", TRUST, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, c"mode=755")
+            .map_err(say("add the host's certificates"))?;
+        laid.write(Path::new(TRUST), &root).map_err(say("add the host's certificates"))?;
+        drop(root);
+        rustix::mount::unmount(NEW_ROOT, rustix::mount::UnmountFlags::empty())
+            .map_err(say("add the host's certificates"))?;
+        overlay(&[Path::new(TRUST), lower], writable, "root", Path::new(NEW_ROOT), 0o755, (0, 0))?;
+    }
+    Ok(laid.bundle)
 }
 
 /// Mounts a copy-on-write layer over a file system that is served nothing yet: most of the work of mounting it, done once
@@ -154,7 +179,7 @@ fn prepare(
     file_systems: &BTreeSet<String>,
 ) -> Result<(String, Arc<OwnedFd>), String> {
     make_directory(PREPARED, 0o755)?;
-    let upper = overlay(&served(file_systems, tag)?, writable, tag, Path::new(PREPARED), 0o755, (0, 0))?;
+    let upper = overlay(&[&served(file_systems, tag)?], writable, tag, Path::new(PREPARED), 0o755, (0, 0))?;
     Ok((tag.to_owned(), Arc::new(upper)))
 }
 
@@ -299,10 +324,10 @@ fn find_disk(serial: &str) -> Option<PathBuf> {
     })
 }
 
-/// Mounts an overlay over `lower` at `target`, its upper layer in the writable disk's directory `name` with the mode
+/// Mounts an overlay over `lower`, the uppermost first, at `target`, its upper layer in the writable disk's directory `name` with the mode
 /// and owner that the merged root shall have. Returns the upper directory.
 fn overlay(
-    lower: &Path,
+    lower: &[&Path],
     writable: &OwnedFd,
     name: &str,
     target: &Path,
@@ -321,7 +346,8 @@ fn overlay(
         std::os::unix::fs::chown(&upper, Some(owner.0), Some(owner.1))
             .map_err(say("prepare the writable layer"))?;
     }
-    let (lower, shown, work) = (lower.display(), upper.display(), work.display());
+    let lower: Vec<String> = lower.iter().map(|lower| lower.display().to_string()).collect();
+    let (lower, shown, work) = (lower.join(":"), upper.display(), work.display());
     let options = format!("lowerdir={lower},upperdir={shown},workdir={work},{OVERLAY_OPTIONS}");
     let options = CString::new(options).map_err(say("mount an overlay"))?;
     mount("overlay", target, "overlay", MountFlags::empty(), &*options)
@@ -355,7 +381,7 @@ fn place(
                     Ok(Some(upper.clone()))
                 }
                 _ => {
-                    let upper = overlay(served, &layout.writable, &mount.tag, &target, mode, owner)?;
+                    let upper = overlay(&[served], &layout.writable, &mount.tag, &target, mode, owner)?;
                     Ok(Some(Arc::new(upper)))
                 }
             }

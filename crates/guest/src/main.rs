@@ -26,6 +26,7 @@ mod port;
 mod shutdown;
 mod system;
 mod tree;
+mod trust;
 mod user;
 
 use std::process::ExitCode;

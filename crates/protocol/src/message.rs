@@ -144,6 +144,8 @@ pub struct Assemble {
     pub writable: Writable,
     /// Tag of a file system that will be the lower layer of a copy-on-write mount, which is assembled ahead; empty for none.
     pub prepare: String,
+    /// Authorities that the guest's programs trust besides those of its image: certificates, DER.
+    pub authorities: Vec<ByteBuf>,
     /// How the network card is set up.
     pub link: Link,
 }

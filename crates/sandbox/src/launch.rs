@@ -80,6 +80,8 @@ pub struct Request {
     pub user: HostUser,
     /// The host's `PATH`.
     pub path_variable: OsString,
+    /// A PEM bundle of authorities that the user trusts besides the host's own.
+    pub certificates: Option<PathBuf>,
 }
 
 /// What will be started.
@@ -156,6 +158,7 @@ pub fn settle(home: &Home, request: Request, progress: &mut dyn FnMut(&str)) -> 
         init_script: request.init_script,
         labels: request.labels,
         machine_id: fresh_machine_id(),
+        certificates: request.certificates,
         network: request.network,
     };
     let description = describe(&spec, request.image_is_suggestion);
@@ -196,6 +199,7 @@ pub(crate) fn for_build(
         init_script: None,
         labels: BTreeMap::new(),
         machine_id: fresh_machine_id(),
+        certificates: None,
         network,
     }
 }

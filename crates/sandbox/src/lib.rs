@@ -38,6 +38,7 @@ pub mod state;
 pub mod supervisor;
 pub mod templates;
 mod text;
+pub mod trust;
 pub mod volumes;
 pub mod workspace;
 

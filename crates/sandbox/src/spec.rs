@@ -59,6 +59,9 @@ pub struct Spec {
     pub labels: BTreeMap<String, String>,
     /// Content of `/etc/machine-id`.
     pub machine_id: String,
+    /// A PEM bundle of authorities that the user trusts besides the host's own; read at each start.
+    #[serde(default)]
+    pub certificates: Option<PathBuf>,
     /// What it may reach, and the ports that lead into it.
     #[serde(default)]
     pub network: NetworkSpec,

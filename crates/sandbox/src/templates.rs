@@ -10,8 +10,8 @@
 //! the machine takes on an identity and is furnished before anything of the user's runs. A template holds no secret, no
 //! name and no file of a project.
 //!
-//! A template is good as long as everything it was made of is the same: program, kernel, QEMU and size, the image, and for the `host`
-//! image every file of the host that its guest has looked at. It is not synced to the disk, so one that a former boot of
+//! A template is good as long as everything it was made of is the same: program, kernel, QEMU and size, the image, the
+//! bundles of certificates, and for the `host` image every file of the host that its guest has looked at. It is not synced to the disk, so one that a former boot of
 //! the host made is not used either. Whatever is wrong with one, it is made again: it only saves time.
 
 use std::ffi::OsStr;
@@ -35,6 +35,7 @@ use crate::problem::{Problem, io, plain};
 use crate::saved::{self, Draft, Fingerprint, From, SavedMachine};
 use crate::spec::{Defaults, Image, Spec, fresh_machine_id, new_uuid};
 use crate::state::{Home, SandboxDirectory, TEMPLATE, TEMPLATE_PREFIX, private_file, random_word, replace};
+use crate::trust;
 
 /// What a template is of, in its directory.
 const ABOUT: &str = "about.json";
@@ -66,6 +67,8 @@ struct About {
     image: String,
     /// Directories of the host besides the usual ones, or what tells the image's file from another.
     detail: String,
+    /// The authorities that its guest trusts.
+    authorities: trust::State,
     /// Boot of the host.
     boot_id: String,
     /// What was done before it was saved.
@@ -83,7 +86,8 @@ impl About {
             }
         };
         let fingerprint = Fingerprint::now(home, spec)?;
-        Ok(Self { fingerprint, image, detail, boot_id: Clocks::now().boot_id, recipe: RECIPE })
+        let authorities = trust::State::now(spec.certificates.as_deref());
+        Ok(Self { fingerprint, image, detail, authorities, boot_id: Clocks::now().boot_id, recipe: RECIPE })
     }
 
     /// Names the directory. The image's name is for people: its content is what counts.
@@ -263,6 +267,7 @@ fn blank(spec: &Spec) -> Spec {
         init_script: None,
         labels: std::collections::BTreeMap::new(),
         machine_id: fresh_machine_id(),
+        certificates: spec.certificates.clone(),
         network: NetworkSpec::default(),
     }
 }

@@ -33,6 +33,7 @@ pub(super) fn build(arguments: &BuildArguments) -> Result<u8, Problem> {
         builder.resources.vcpus = vcpus;
     }
     builder.egress = egress(arguments)?;
+    builder.certificates = environment::certificates();
     let defaults = Defaults::of(arguments)?;
     let request = BuildRequest {
         name: arguments.tag.clone(),

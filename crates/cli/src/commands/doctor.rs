@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use agentkernel_sandbox::setup::{self, Finding, Status};
 use agentkernel_sandbox::state::Home;
-use agentkernel_sandbox::{Problem, fork_check, templates};
+use agentkernel_sandbox::{Problem, fork_check, templates, trust};
 
 use super::{block_on, launch as starting};
 use crate::arguments::{DoctorArguments, SandboxArguments, WorkspaceMode};
@@ -16,6 +16,7 @@ pub(super) fn doctor(arguments: &DoctorArguments) -> Result<u8, Problem> {
         return check_forks(arguments.json);
     }
     let mut findings = setup::findings(&home, &environment::program()?);
+    findings.push(trust::finding(environment::certificates().as_deref()));
     findings.push(of_templates(&home));
     if arguments.json {
         ui::json(&findings);

@@ -145,6 +145,7 @@ pub(super) fn request(
         labels: arguments.label.iter().cloned().collect(),
         network,
         user,
+        certificates: environment::certificates(),
         path_variable: std::env::var_os("PATH").unwrap_or_else(|| OsString::from("/usr/bin:/bin")),
     })
 }

@@ -9,7 +9,7 @@ use crate::host::{Host, Running, finish, is_root, noise, set_mode, signal};
 use crate::living_faults::Mounted;
 
 /// A context with an archive of a small root file system, and its image called `base`.
-fn base(host: &Host) {
+pub(crate) fn base(host: &Host) {
     let root = host.path().join("root");
     for directory in ["bin", "etc", "tmp"] {
         fs::create_dir_all(root.join(directory)).unwrap();

@@ -21,4 +21,5 @@ mod snapshots;
 mod streams;
 mod templates;
 mod terminal;
+mod trust;
 mod workspace;

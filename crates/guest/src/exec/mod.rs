@@ -101,7 +101,7 @@ fn start(reaper: &Reaper, layout: &Layout, wish: &Exec) -> Result<Started, Failu
         .map_err(|error| Failure::other("make a cgroup", &error))?;
     let root = wish.root.as_ref().map(|wish| StepRoot::assemble(&layout.layers, wish)).transpose();
     let root = root.map_err(|message| Failure { kind: ExecFailure::Other, message })?;
-    let spawned = spawn::spawn(reaper, wish, &cgroup, root.as_ref())?;
+    let spawned = spawn::spawn(reaper, wish, &cgroup, root.as_ref(), &layout.layers.trust)?;
     Ok((spawned, cgroup, root))
 }
 

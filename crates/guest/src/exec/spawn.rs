@@ -25,6 +25,7 @@ use super::reaper::Reaper;
 use super::streams::{Output, Stdin, Which};
 use crate::layers::root::StepRoot;
 use crate::network;
+use crate::trust::{BUNDLE, STEP_BUNDLE, Trust, VARIABLES};
 use crate::user::{self, User};
 
 /// Files a program may have open without asking, and at most.
@@ -82,6 +83,7 @@ pub(super) fn spawn(
     wish: &Exec,
     cgroup: &Cgroup,
     root: Option<&StepRoot>,
+    trust: &Trust,
 ) -> Result<Spawned, Failure> {
     let user = match root.map(StepRoot::open).transpose() {
         Ok(directory) => user::resolve(&wish.user, directory.as_ref()),
@@ -90,7 +92,7 @@ pub(super) fn spawn(
     .map_err(|message| Failure { kind: ExecFailure::UnknownUser, message })?;
     let program =
         wish.arguments.first().map(|name| String::from_utf8_lossy(name).into_owned()).unwrap_or_default();
-    let plan = Plan::new(wish, &user, root)?;
+    let plan = Plan::new(wish, &user, root, trust)?;
     let (child, streams) = match wish.terminal {
         Some(size) => terminal(size, &user),
         None => pipes(&user),
@@ -219,12 +221,13 @@ impl Pointers {
 }
 
 impl Plan {
-    fn new(wish: &Exec, user: &User, root: Option<&StepRoot>) -> Result<Self, Failure> {
+    fn new(wish: &Exec, user: &User, root: Option<&StepRoot>, trust: &Trust) -> Result<Self, Failure> {
         let text = |bytes: &[u8]| {
             CString::new(bytes).map_err(|error| Failure::other("pass a word with a zero byte", &error))
         };
         let arguments = wish.arguments.iter().map(|word| text(word)).collect::<Result<Vec<_>, _>>()?;
-        let environment = environment(wish, user);
+        let bundle = if root.is_some() { STEP_BUNDLE } else { BUNDLE };
+        let environment = environment(wish, user, Some(bundle).filter(|_| !trust.is_empty()));
         let path =
             environment.iter().find_map(|pair| pair.strip_prefix(b"PATH=")).unwrap_or(DEFAULT_PATH).to_vec();
         let name = wish.arguments.first().map_or(&b""[..], |name| name);
@@ -427,8 +430,8 @@ fn last_errno() -> i32 {
     unsafe { *libc::__errno_location() }
 }
 
-/// The program's environment, with what its user implies where it is missing.
-fn environment(wish: &Exec, user: &User) -> Vec<Vec<u8>> {
+/// The program's environment, with what its user implies, and the bundle of certificates, where it is missing.
+fn environment(wish: &Exec, user: &User, bundle: Option<&str>) -> Vec<Vec<u8>> {
     let mut pairs: Vec<Vec<u8>> = wish
         .environment
         .iter()
@@ -436,7 +439,9 @@ fn environment(wish: &Exec, user: &User) -> Vec<Vec<u8>> {
         .collect();
     let home = user.home.clone().unwrap_or_else(|| "/".to_owned());
     let name = user.name.clone().unwrap_or_else(|| user.uid.to_string());
-    for (variable, value) in [("HOME", home), ("USER", name.clone()), ("LOGNAME", name)] {
+    let user = [("HOME", home), ("USER", name.clone()), ("LOGNAME", name)];
+    let bundle = bundle.into_iter().flat_map(|path| VARIABLES.map(|variable| (variable, path.to_owned())));
+    for (variable, value) in user.into_iter().chain(bundle) {
         let prefix = format!("{variable}=");
         if !pairs.iter().any(|pair| pair.starts_with(prefix.as_bytes())) {
             pairs.push(format!("{prefix}{value}").into_bytes());

@@ -29,6 +29,7 @@ use rustix::io::Errno;
 use serde_bytes::ByteBuf;
 use tokio::sync::mpsc;
 
+use crate::trust::Trust;
 use crate::{copy, tree};
 
 /// Attributes of overlayfs itself begin so.
@@ -43,11 +44,13 @@ pub(crate) struct Layers {
     writable: OwnedFd,
     /// The machine's image, below all layers.
     image: OwnedFd,
+    /// What programs trust besides what the layers bring.
+    pub(crate) trust: Trust,
 }
 
 impl Layers {
-    pub(crate) fn new(writable: OwnedFd, image: OwnedFd) -> Self {
-        Self { writable, image }
+    pub(crate) fn new(writable: OwnedFd, image: OwnedFd, trust: Trust) -> Self {
+        Self { writable, image, trust }
     }
 
     /// A directory of layer number `layer`, made if it is not there.
@@ -341,7 +344,7 @@ fn failed(path: &Path, error: impl Into<Error>) -> String {
     format!("cannot write {}: {}", path.display(), error.into())
 }
 
-fn timestamps(modified_ns: i64) -> Timestamps {
+pub(crate) fn timestamps(modified_ns: i64) -> Timestamps {
     let time = Timespec {
         tv_sec: modified_ns.div_euclid(NANOSECONDS),
         tv_nsec: modified_ns.rem_euclid(NANOSECONDS),

@@ -18,9 +18,12 @@ use rustix::mount::{
     MountFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive, mount_remount, unmount,
 };
 
+use serde_bytes::ByteBuf;
+
 use super::{Layers, timestamps};
 use crate::configure::OVERLAY_OPTIONS;
 use crate::tree;
+use crate::trust::{Laid, STEP_BUNDLE};
 
 /// Files of the machine that stand in for those of every root.
 const IDENTITY: [&str; 2] = ["/etc/hosts", "/etc/resolv.conf"];
@@ -34,6 +37,11 @@ pub(crate) struct StepRoot {
     mounted: Vec<PathBuf>,
     /// Mount points that were made: the directory each is in, and its name there.
     stubs: Vec<(OwnedFd, OsString)>,
+    /// What lies over the layers below its own, and in which directory.
+    laid: Laid,
+    over: PathBuf,
+    /// Its own layer.
+    upper: Option<OwnedFd>,
     /// Layers' times that making mount points changed: directories and their former times.
     touched: Vec<(OwnedFd, i64)>,
 }
@@ -47,7 +55,16 @@ impl StepRoot {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let path = PathBuf::from(format!("/run/root-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
         std::fs::create_dir(&path).map_err(say("make a root's directory"))?;
-        let mut root = Self { path, mounted: Vec::new(), stubs: Vec::new(), touched: Vec::new() };
+        let over = path.with_extension("over");
+        let mut root = Self {
+            path,
+            mounted: Vec::new(),
+            stubs: Vec::new(),
+            laid: Laid::default(),
+            over,
+            upper: None,
+            touched: Vec::new(),
+        };
         root.overlay(layers, wish)?;
         for name in ["/proc", "/sys", "/dev"] {
             let target = root.mount_point(Path::new(name), FileType::Directory)?;
@@ -58,6 +75,11 @@ impl StepRoot {
             let target = root.mount_point(Path::new(name), FileType::RegularFile)?;
             mount_bind(name, &target).map_err(say(format!("mount {name}")))?;
             root.mounted.push(target);
+        }
+        if !root.laid.bundle.is_empty() {
+            let content = ByteBuf::from(std::mem::take(&mut root.laid.bundle));
+            let source = RootSource::File { mode: 0o644, uid: 0, gid: 0, content };
+            root.place(layers, &RootMount { target: ByteBuf::from(STEP_BUNDLE), source, read_only: true })?;
         }
         for mount in &wish.mounts {
             root.place(layers, mount)?;
@@ -94,21 +116,37 @@ impl StepRoot {
             adopt(&upper, below).map_err(say("prepare the writable layer"))?;
         }
         let descriptor = |directory: &OwnedFd| format!("/proc/self/fd/{}", directory.as_raw_fd());
-        let below: Vec<_> = lower.iter().chain([&layers.image]).map(descriptor).collect();
-        let options = format!(
-            "lowerdir={},upperdir={},workdir={},{OVERLAY_OPTIONS}",
-            below.join(":"),
-            descriptor(&upper),
-            descriptor(&work)
-        );
+        let mut below: Vec<_> = lower.iter().chain([&layers.image]).map(descriptor).collect();
+        self.mount(&below, &descriptor(&upper), &descriptor(&work))?;
+        self.mounted.push(self.path.clone());
+        let merged = self.open().map_err(say("look at the root"))?;
+        self.laid = layers.trust.survey(&merged, false);
+        if self.laid.is_empty() {
+            return Ok(());
+        }
+        std::fs::create_dir(&self.over)
+            .and_then(|()| self.laid.write(&self.over, &merged))
+            .map_err(say("add the host's certificates"))?;
+        drop(merged);
+        unmount(&self.path, UnmountFlags::empty()).map_err(say("add the host's certificates"))?;
+        self.mounted.clear();
+        below.insert(0, self.over.display().to_string());
+        self.mount(&below, &descriptor(&upper), &descriptor(&work))?;
+        self.mounted.push(self.path.clone());
+        self.upper = Some(upper);
+        Ok(())
+    }
+
+    /// Mounts the layers, the uppermost first.
+    fn mount(&self, below: &[String], upper: &str, work: &str) -> Result<(), String> {
+        let options =
+            format!("lowerdir={},upperdir={upper},workdir={work},{OVERLAY_OPTIONS}", below.join(":"));
         if options.len() > OPTIONS_BYTES {
-            return Err(format!("{} layers over an image are more than can be mounted", lower.len()));
+            return Err(format!("{} layers are more than can be mounted", below.len()));
         }
         let options = CString::new(options).map_err(say("mount the layers"))?;
         mount("overlay", &self.path, "overlay", MountFlags::empty(), &*options)
-            .map_err(say("mount the layers"))?;
-        self.mounted.push(self.path.clone());
-        Ok(())
+            .map_err(say("mount the layers"))
     }
 
     fn place(&mut self, layers: &Layers, wish: &RootMount) -> Result<(), String> {
@@ -219,6 +257,13 @@ impl Drop for StepRoot {
                 }
             }
             let _ = unmount(&path, UnmountFlags::DETACH);
+        }
+        // Only now: nothing may change a layer that is mounted.
+        if let Some(upper) = &self.upper {
+            if let Err(error) = self.laid.take_out(upper) {
+                crate::boot::log(&format!("a layer could not be searched for certificates: {error}"));
+            }
+            let _ = std::fs::remove_dir_all(&self.over);
         }
         let _ = std::fs::remove_dir(&self.path);
     }

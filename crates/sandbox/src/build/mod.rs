@@ -95,6 +95,9 @@ pub struct ImageBuilder {
     pub registry: RegistryOptions,
     /// What ADD and RUN may reach.
     pub egress: Egress,
+    /// A PEM bundle of authorities that RUN steps trust besides the host's own; nothing of either becomes part of an
+    /// image.
+    pub certificates: Option<PathBuf>,
 }
 
 /// One build.
@@ -144,6 +147,7 @@ impl ImageBuilder {
             resources: Resources::default(),
             registry: RegistryOptions::default(),
             egress: Egress::default(),
+            certificates: None,
         })
     }
 
@@ -424,7 +428,8 @@ impl Executor for Machines<'_> {
         crate::setup::ensure_kernel(&self.builder.home, &mut |_| {}).map_err(failure)?;
         let name = format!("build-{}", &random_word()[..8]);
         let network = self.builder.egress.network();
-        let spec = launch::for_build(name, root_file_system, vcpus, memory_mib, disk_mib, network);
+        let mut spec = launch::for_build(name, root_file_system, vcpus, memory_mib, disk_mib, network);
+        spec.certificates.clone_from(&self.builder.certificates);
         let held = client::create(&self.builder.home, &spec, Life::Temporary, None).map_err(failure)?;
         let lease = self
             .runtime

@@ -34,6 +34,7 @@ use crate::record::Record;
 use crate::saved::{self, From, Restore};
 use crate::spec::{Image, Spec, new_uuid};
 use crate::state::{Live, Phase, SandboxDirectory, fill_random, random_word};
+use crate::trust::Authorities;
 
 const MACHINE_ENDED: &str = "machine-ended";
 /// Time between SIGTERM and SIGKILL where nobody said another.
@@ -83,6 +84,8 @@ struct Up {
     port: Port<UnixStream>,
     needs: Needs,
     epoch: u32,
+    /// What a guest that was booted is told to trust.
+    authorities: Vec<ByteBuf>,
 }
 
 /// What is left of the sandbox.
@@ -325,11 +328,15 @@ impl Session {
             return Err(plain("restore", format!("the saved machine does not go on: {words}"), None));
         }
         let needs = if from == From::Template { Needs::Furniture } else { Needs::Identity };
-        Ok(Some(Up { started, port, needs, epoch }))
+        Ok(Some(Up { started, port, needs, epoch, authorities: Vec::new() }))
     }
 
     /// Starts the machine, again if it does not come up; `None` if nobody waits for it any more.
     async fn boot(&self, ground: &Ground<'_>, lease: &mut Lease) -> Result<Option<Up>, Problem> {
+        let trusted = Authorities::read(self.spec.certificates.as_deref());
+        for warning in &trusted.warnings {
+            self.record.say("warning", warning);
+        }
         let mut limits = BOOT_LIMITS.iter();
         loop {
             let mut started = self.start_machine(ground, None, Vec::new()).await?;
@@ -337,7 +344,10 @@ impl Session {
             let epoch = 1;
             port.hail(epoch).await.map_err(|error| problem("boot", &error, None))?;
             let limit = limits.next().filter(|_| started.accelerator == Accelerator::Tcg);
-            let up = |started, port| Ok(Some(Up { started, port, needs: Needs::All, epoch }));
+            let up = |started, port| {
+                let authorities = trusted.certificates.clone();
+                Ok(Some(Up { started, port, needs: Needs::All, epoch, authorities }))
+            };
             // The last one gets all the time there is, where its answer is read.
             let Some(limit) = limit else { return up(started, port) };
             match self.wait_for(&started, &port, lease, *limit).await {
@@ -415,7 +425,7 @@ impl Session {
         terminate: Signal,
         wish: &RefCell<Option<Wish>>,
     ) -> Result<(), Problem> {
-        let Up { started, mut port, needs, epoch } = up;
+        let Up { started, mut port, needs, epoch, authorities } = up;
         let deadline = boot_deadline(started.accelerator);
         tokio::select! {
             greeting = tokio::time::timeout(deadline, port.answer()) => match greeting {
@@ -428,7 +438,7 @@ impl Session {
         let (opener, driver) = mux::host(port.session());
         let talk = async {
             tokio::select! {
-                configured = tokio::time::timeout(deadline, configure(self.configuration(needs), exports, &opener)) => {
+                configured = tokio::time::timeout(deadline, configure(self.configuration(needs, authorities), exports, &opener)) => {
                     configured.map_err(|_| boot_timeout(deadline))??;
                 }
                 () = lease.ended() => return Ok(()),
@@ -496,7 +506,7 @@ impl Session {
         }
     }
 
-    fn configuration(&self, needs: Needs) -> Configure {
+    fn configuration(&self, needs: Needs, authorities: Vec<ByteBuf>) -> Configure {
         let spec = &self.spec;
         let assemble = (needs == Needs::All).then(|| Assemble {
             root: match &spec.image {
@@ -505,6 +515,7 @@ impl Session {
             },
             writable: Writable::Disk { serial: machine::WRITABLE_SERIAL.into() },
             prepare: if self.sandbox.is_template() { Exports::WORKSPACE.into() } else { String::new() },
+            authorities,
             link: network::link(),
         });
         // A template is saved before it is anybody's.

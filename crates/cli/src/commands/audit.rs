@@ -95,7 +95,7 @@ mod tests {
         assert_eq!(
             row(&cells(&entry)),
             "1970-01-01T00:00:01.000Z  ended   tcp       2K / 1B       \
-             a\\u{1b}[2J\\n.example:443 (192.0.2.1)       *.example"
+             a\\u{1b}[2J\\n.example:443 (192.0.2.1)        *.example"
         );
         let line = json(&entry);
         assert!(line.starts_with(r#"{"time":"1970-01-01T00:00:01.000Z","sequence":0,"#), "{line}");

@@ -4,7 +4,7 @@ use agentkernel_sandbox::Problem;
 use agentkernel_sandbox::inspect::SandboxInfo;
 use agentkernel_sandbox::snapshots::{self, Restoring, Snapshot};
 
-use super::block_on;
+use super::{block_on, inspect};
 use crate::arguments::SnapshotVerb;
 use crate::{environment, ui};
 
@@ -49,6 +49,7 @@ pub(super) fn snapshot(verb: &SnapshotVerb) -> Result<u8, Problem> {
                 ui::json(&info);
             } else {
                 ui::data(&format!("{}\n", info.name));
+                inspect::note_ports(&home.find(&info.name)?)?;
                 ui::note(&format!("{} is {}", info.name, info.status));
             }
         }

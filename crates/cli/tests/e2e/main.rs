@@ -15,6 +15,7 @@ mod image;
 mod isolation;
 mod living;
 mod living_faults;
+mod network;
 mod ports;
 mod running;
 mod snapshots;

@@ -1,6 +1,7 @@
 """The section of the bench about the network: beside Docker's bridge and QEMU's own user network."""
 
 import contextlib
+import re
 import statistics
 import subprocess
 import sys
@@ -143,16 +144,15 @@ def section_network(agentkernel, engines, options):
 @contextlib.contextmanager
 def in_container(docker):
     """The command that downloads in a container on Docker's bridge, from a server at the host's end of that."""
-    inspect = docker.command("network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}")
-    gateway = run(inspect).decode().strip()
     container = run(docker.command("run", "-d", docker.IMAGE, "sleep", "86400")).decode().strip()
     inside = ["nsenter", "--net", "--target", str(docker.process.pid)]
     try:
         deadline = time.monotonic() + 10
-        while not run([*inside, "ip", "-4", "addr", "show", "docker0"]).strip():
+        while not (found := re.search(r"inet ([0-9.]+)", run([*inside, "ip", "-4", "addr", "show", "docker0"]).decode())):
             if time.monotonic() > deadline:
                 fail("Docker's bridge has no address")
             time.sleep(0.1)
+        gateway = found.group(1)
         with served(gateway, *inside) as port:
             words = WGET.format(busybox="/bin/busybox", host=gateway, port=port, size=DOWNLOAD)
             yield docker.command("exec", container, "sh", "-c", words)

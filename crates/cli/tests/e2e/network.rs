@@ -118,16 +118,13 @@ os.rename('/var/tmp/new', '/var/tmp/became')
     // Of the record.
     python(&host, "dev", PROBE, &["192.0.2.1 81"]).expect(0);
     let entries = audit(&host, "dev");
-    let count = |verdict: &str, port: &str| {
-        entries
-            .iter()
-            .filter(|entry| entry["verdict"] == verdict && entry["port"].to_string() == port)
-            .count()
+    let number = |port: &str| port.parse::<u16>().unwrap();
+    let count = |verdict: &str, port: u16| {
+        entries.iter().filter(|entry| entry["verdict"] == verdict && entry["port"] == port).count()
     };
-    assert_eq!(count("allowed", &echoes), 100);
-    assert_eq!(count("refused", "81"), 1);
-    let ended =
-        entries.iter().find(|entry| entry["verdict"] == "ended" && entry["port"].to_string() == blocks);
+    assert_eq!(count("allowed", number(&echoes)), 100);
+    assert_eq!(count("refused", 81), 1);
+    let ended = entries.iter().find(|entry| entry["verdict"] == "ended" && entry["port"] == number(&blocks));
     assert!(ended.unwrap()["received"].as_u64().unwrap() >= (MIB as u64) << 20, "{ended:?}");
     // Datagrams through a published port.
     const DATAGRAMS: &str = r"import socket

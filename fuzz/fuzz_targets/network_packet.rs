@@ -5,13 +5,9 @@ use libfuzzer_sys::fuzz_target;
 
 thread_local! {
     /// Where the record is, used again for each input.
-    static DIRECTORY: Option<tempfile::TempDir> = tempfile::tempdir().ok();
+    static DIRECTORY: tempfile::TempDir = tempfile::tempdir().expect("a directory for the record");
 }
 
 fuzz_target!(|data: &[u8]| {
-    DIRECTORY.with(|directory| {
-        if let Some(directory) = directory {
-            agentkernel_network::fuzzing::packets(data, directory.path());
-        }
-    });
+    DIRECTORY.with(|directory| agentkernel_network::fuzzing::packets(data, directory.path()));
 });

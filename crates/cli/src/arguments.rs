@@ -1,4 +1,6 @@
 //! The words people type. A flag that stands here acts; what does not work yet does not stand here.
+//!
+//! One file, though a long one: it is the contract, read from top to bottom, and next to nothing in it is code.
 
 use std::ffi::OsString;
 use std::path::PathBuf;

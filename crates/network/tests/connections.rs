@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use agentkernel_network::audit::{Kind, Verdict};
 use agentkernel_network::{Flow, GUEST, HOST, Mode, Published, Upstream};
-use guest::{Guest, RAW, datagram, echo_service, listener, loopback, noise, read_datagram, tcp};
+use guest::{Guest, RAW, datagram, echo_service, listener, loopback, noise, read_datagram, take_all, tcp};
 use smoltcp::socket::tcp::State;
 use smoltcp::wire::{Icmpv4DstUnreachable, Icmpv4Message, Icmpv4Packet, Ipv4Packet, TcpControl};
 
@@ -36,14 +36,7 @@ fn much_is_echoed_unchanged() {
                 socket.close();
             }
         }
-        while socket.can_recv() {
-            socket
-                .recv(|bytes| {
-                    received.extend_from_slice(bytes);
-                    (bytes.len(), ())
-                })
-                .unwrap();
-        }
+        take_all(socket, &mut received);
         (received.len() >= MANY && !socket.may_recv()).then_some(())
     });
     assert!(received == sent);
@@ -137,14 +130,7 @@ fn a_hundred_at_once() {
             if socket.may_send() && *sent < EACH {
                 *sent += socket.send_slice(&noise(EACH, *number)[*sent..]).unwrap();
             }
-            while socket.can_recv() {
-                socket
-                    .recv(|bytes| {
-                        received.extend_from_slice(bytes);
-                        (bytes.len(), ())
-                    })
-                    .unwrap();
-            }
+            take_all(socket, received);
             if *sent == EACH {
                 socket.close();
             }

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeSet;
 
-use super::sha1::sha1;
+use sha1::{Digest, Sha1};
 
 const MAGIC: u32 = 0xfeed_feed;
 const VERSION: u32 = 2;
@@ -193,10 +193,10 @@ fn write<'a>(entries: impl IntoIterator<Item = &'a Entry>) -> Vec<u8> {
     bytes
 }
 
-/// The hash at the end of a store.
+/// The hash at the end of a store. It protects nothing: its key is public.
 fn closing(body: &[u8]) -> [u8; HASH] {
     let password: Vec<u8> = PASSWORD.encode_utf16().flat_map(u16::to_be_bytes).collect();
-    sha1(&[&password, b"Mighty Aphrodite", body])
+    Sha1::new().chain_update(password).chain_update("Mighty Aphrodite").chain_update(body).finalize().into()
 }
 
 /// The content of a DER element with this tag, and what follows it.

@@ -16,7 +16,6 @@
 
 mod keystore;
 mod pem;
-mod sha1;
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;

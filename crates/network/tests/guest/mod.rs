@@ -284,14 +284,7 @@ impl Guest {
         let mut all = Vec::new();
         self.until("a connection ends", |guest| {
             let socket = guest.socket(handle);
-            while socket.can_recv() {
-                socket
-                    .recv(|bytes| {
-                        all.extend_from_slice(bytes);
-                        (bytes.len(), ())
-                    })
-                    .unwrap();
-            }
+            take_all(socket, &mut all);
             (!socket.may_recv()).then_some(())
         });
         all
@@ -563,6 +556,17 @@ impl TxToken for Sent<'_> {
         let result = fill(&mut packet);
         frame(self.0, &packet);
         result
+    }
+}
+
+/// Takes all that a socket has.
+pub fn take_all(socket: &mut tcp::Socket<'_>, received: &mut Vec<u8>) {
+    while socket.can_recv() {
+        let take = |bytes: &mut [u8]| {
+            received.extend_from_slice(bytes);
+            (bytes.len(), ())
+        };
+        socket.recv(take).unwrap();
     }
 }
 

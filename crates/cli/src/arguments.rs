@@ -10,6 +10,7 @@ use agentkernel_sandbox::build::NetworkRule;
 use agentkernel_sandbox::client::Warmth;
 use agentkernel_sandbox::configuration::Profile;
 use agentkernel_sandbox::network::PublishedPort;
+use agentkernel_sandbox::values::{Mount, duration, label};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::values;
@@ -203,7 +204,7 @@ pub(crate) struct RunArguments {
 #[derive(Debug, Args)]
 pub(crate) struct HowArguments {
     /// Kill the command and all it started after this time, such as 30, 90s, 5m, 1h.
-    #[arg(long, value_name = "TIME", value_parser = values::duration)]
+    #[arg(long, value_name = "TIME", value_parser = duration)]
     pub timeout: Option<Duration>,
     /// Give the command a terminal even if this is not one.
     #[arg(short, long)]
@@ -268,8 +269,8 @@ pub(crate) struct SandboxArguments {
     #[arg(short, long, value_name = "USER[:GROUP]")]
     pub user: Option<String>,
     /// Mount a directory of this machine, or a named volume, at a path of the guest.
-    #[arg(short, long, value_name = "SOURCE:TARGET[:ro]", value_parser = values::mount)]
-    pub volume: Vec<values::Mount>,
+    #[arg(short, long, value_name = "SOURCE:TARGET[:ro]")]
+    pub volume: Vec<Mount>,
     /// Virtual processors [default: the host's, at most 4].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub vcpus: Option<u32>,
@@ -280,10 +281,10 @@ pub(crate) struct SandboxArguments {
     #[arg(long, value_name = "SIZE", value_parser = values::size_mib)]
     pub disk: Option<u64>,
     /// Remove the sandbox with all that is in it after this time, such as 30m or 1d.
-    #[arg(long, value_name = "TIME", value_parser = values::duration)]
+    #[arg(long, value_name = "TIME", value_parser = duration)]
     pub ttl: Option<Duration>,
     /// A word of your own, to find the sandbox by.
-    #[arg(short, long, value_name = "K=V", value_parser = values::label)]
+    #[arg(short, long, value_name = "K=V", value_parser = label)]
     pub label: Vec<(String, String)>,
     /// Configuration to use instead of the project's agentkernel.toml.
     #[arg(short, long, value_name = "FILE")]
@@ -348,7 +349,7 @@ pub(crate) struct StopArguments {
     #[arg(required = true, value_name = "NAME")]
     pub names: Vec<String>,
     /// Time between asking the programs to end and killing them.
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = values::duration)]
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
     pub grace: Duration,
     /// End it as if the power was cut; what was not written back is lost.
     #[arg(long)]
@@ -581,7 +582,7 @@ pub(crate) struct ExtendArguments {
     /// Name or UUID.
     pub name: String,
     /// So much more, from what is left.
-    #[arg(long, value_name = "TIME", value_parser = values::duration, required_unless_present = "forever")]
+    #[arg(long, value_name = "TIME", value_parser = duration, required_unless_present = "forever")]
     pub by: Option<Duration>,
     /// Let it live until it is removed.
     #[arg(long, conflicts_with = "by")]
@@ -624,7 +625,7 @@ pub(crate) struct BuildArguments {
     #[arg(long, value_name = "SECRET")]
     pub secret: Vec<String>,
     /// A label of the image.
-    #[arg(short, long, value_name = "KEY=VALUE", value_parser = values::label)]
+    #[arg(short, long, value_name = "KEY=VALUE", value_parser = label)]
     pub label: Vec<(String, String)>,
     /// Take nothing from earlier builds.
     #[arg(long)]

@@ -3,6 +3,7 @@
 use std::env;
 use std::path::PathBuf;
 
+use agentkernel_sandbox::options::Surroundings;
 use agentkernel_sandbox::spec::HostUser;
 use agentkernel_sandbox::state::Home;
 use agentkernel_sandbox::supervisor::Proxy;
@@ -49,6 +50,16 @@ pub(crate) fn current_directory() -> Result<PathBuf, Problem> {
     })
 }
 
+/// Who asks, and where.
+pub(crate) fn surroundings() -> Result<Surroundings, Problem> {
+    Ok(Surroundings {
+        user: user()?,
+        current_directory: current_directory()?,
+        environment: env::vars_os().collect(),
+        certificates: certificates(),
+    })
+}
+
 /// The bundle of certificates that the user trusts, if they name one.
 pub(crate) fn certificates() -> Option<PathBuf> {
     let named = env::var_os("SSL_CERT_FILE").filter(|value| !value.is_empty())?;
@@ -89,10 +100,4 @@ pub(crate) fn proxy() -> Option<Proxy> {
     };
     let url = first(&["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"])?;
     Some(Proxy { url, except: first(&["NO_PROXY", "no_proxy"]).unwrap_or_default() })
-}
-
-/// Whether this machine has a program on its `PATH`.
-pub(crate) fn finds(program: &str) -> bool {
-    let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path).any(|directory| directory.join(program).is_file())
 }

@@ -1,8 +1,5 @@
 //! Values as people write them.
 
-use std::path::PathBuf;
-use std::time::Duration;
-
 use agentkernel_sandbox::configuration::Profile;
 
 /// Reads a size such as `512M`, `4G`, `1.5G` or `2048` (MiB) as MiB.
@@ -28,77 +25,12 @@ pub(crate) fn size_mib(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Reads a time such as `30`, `1.5s`, `200ms`, `5m`, `1h`.
-///
-/// # Errors
-/// Says what is wrong with the text.
-pub(crate) fn duration(text: &str) -> Result<Duration, String> {
-    let digits = text.find(|character: char| character.is_ascii_alphabetic()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let factor = match unit {
-        "ms" => 0.001,
-        "" | "s" => 1.0,
-        "m" | "min" => 60.0,
-        "h" => 3600.0,
-        "d" => 86400.0,
-        _ => return Err("write a time such as 30, 90s, 5m or 1h".into()),
-    };
-    let number: f64 = number.parse().map_err(|_| "write a time such as 30, 90s, 5m or 1h".to_owned())?;
-    match Duration::try_from_secs_f64(number * factor) {
-        Ok(duration) if !duration.is_zero() && duration < Duration::from_secs(365 * 86400) => Ok(duration),
-        _ => Err("a time is longer than nothing and shorter than a year".into()),
-    }
-}
-
 /// Reads a profile's name.
 ///
 /// # Errors
 /// Says which there are.
 pub(crate) fn profile(text: &str) -> Result<Profile, String> {
     text.parse().map_err(|error: agentkernel_sandbox::configuration::UnknownProfile| error.to_string())
-}
-
-/// Reads a label: `K=V`, or `K` for one without a value.
-///
-/// # Errors
-/// Says what is wrong with the text.
-pub(crate) fn label(text: &str) -> Result<(String, String), String> {
-    let (key, value) = text.split_once('=').unwrap_or((text, ""));
-    if key.is_empty() || key.len() > 128 || value.len() > 1024 || text.chars().any(char::is_control) {
-        return Err(
-            "write a label such as team=web, at most 128 characters before the = and 1024 after it".into()
-        );
-    }
-    Ok((key.to_owned(), value.to_owned()))
-}
-
-/// A mount as people write it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Mount {
-    /// A path, or the name of a volume.
-    pub source: String,
-    /// Absolute path in the guest.
-    pub target: PathBuf,
-    /// Writes are refused.
-    pub read_only: bool,
-}
-
-/// Reads a mount: `SOURCE:TARGET`, with `:ro` or `:rw` behind it.
-///
-/// # Errors
-/// Says what is wrong with the text.
-pub(crate) fn mount(text: &str) -> Result<Mount, String> {
-    let (rest, read_only) = match text.rsplit_once(':') {
-        Some((rest, "ro")) => (rest, true),
-        Some((rest, "rw")) => (rest, false),
-        _ => (text, false),
-    };
-    match rest.rsplit_once(':') {
-        Some((source, target)) if !source.is_empty() && target.starts_with('/') => {
-            Ok(Mount { source: source.to_owned(), target: target.into(), read_only })
-        }
-        _ => Err("write SOURCE:TARGET, such as ./data:/data:ro or cache:/var/cache".into()),
-    }
 }
 
 /// Bytes that a sequence of keys sends.
@@ -168,42 +100,12 @@ mod tests {
     }
 
     #[test]
-    fn durations() {
-        for (text, ms) in [("30", 30_000), ("1.5s", 1500), ("200ms", 200), ("5m", 300_000), ("1h", 3_600_000)]
-        {
-            assert_eq!(duration(text), Ok(Duration::from_millis(ms)), "{text}");
-        }
-        for text in ["", "0", "-1s", "5 m", "1y", "é", "inf", "1e30h"] {
-            assert!(duration(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn mounts_keys_labels_and_signals() {
-        let mounts = [
-            ("./a:/b", Some(("./a", "/b", false))),
-            ("/a:b:/c:ro", Some(("/a:b", "/c", true))),
-            ("cache:/var:rw", Some(("cache", "/var", false))),
-            ("/a", None),
-            (":/b", None),
-            ("/a:b", None),
-            ("/a:ro", None),
-        ];
-        for (text, expected) in mounts {
-            let expected = expected.map(|(source, target, read_only)| Mount {
-                source: source.into(),
-                target: target.into(),
-                read_only,
-            });
-            assert_eq!(mount(text).ok(), expected, "{text}");
-        }
+    fn keys_and_signals() {
         assert_eq!(keys("ctrl-p,ctrl-q"), Ok(Keys(vec![16, 17])));
         assert_eq!(keys("ctrl-],x"), Ok(Keys(vec![29, b'x'])));
         for text in ["", "ctrl-", "ctrl-P", "ctrl-1", "ab", "a,,b", "é"] {
             assert!(keys(text).is_err(), "{text}");
         }
-        assert_eq!(label("a=b=c"), Ok(("a".into(), "b=c".into())));
-        assert!(label("=b").is_err());
         assert_eq!((signal("SIGterm"), signal("9"), signal("usr1")), (Ok(15), Ok(9), Ok(10)));
         assert!(signal("0").is_err() && signal("NOPE").is_err());
     }

@@ -8,6 +8,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use agentkernel_protocol::control::{ControlReply, ControlRequest, Event, LeaseInput, Rebase, Saved};
@@ -144,7 +145,7 @@ fn spawn(
     directory: &SandboxDirectory,
     program: &Path,
     lock: std::fs::File,
-) -> Result<(UnixStream, Child), Problem> {
+) -> Result<(UnixStream, Process), Problem> {
     let what = "start the sandbox's supervisor";
     let (near, far) = std::os::unix::net::UnixStream::pair().map_err(io(what))?;
     near.set_nonblocking(true).map_err(io(what))?;
@@ -160,7 +161,7 @@ fn spawn(
         // Whoever waits for the end of this process's standard error must not wait for the sandbox.
         command.stderr(Stdio::null());
     }
-    let child = command.spawn().map_err(io(what))?;
+    let child = Process(Some(command.spawn().map_err(io(what))?));
     Ok((UnixStream::from_std(near).map_err(io(what))?, child))
 }
 
@@ -179,14 +180,52 @@ pub fn watch_deadline(directory: &SandboxDirectory, program: &Path) -> Result<()
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn();
-    command.map(drop).map_err(io("start what waits for the sandbox's deadline"))
+    let process = command.map(|child| Process(Some(child)));
+    process.map(drop).map_err(io("start what waits for the sandbox's deadline"))
+}
+
+/// A process of ours that may outlive its owner. The system remembers one that ended until somebody asks; a program that
+/// lives long must ask.
+#[derive(Debug)]
+struct Process(Option<Child>);
+
+/// Processes whose owner is gone.
+static OWNERLESS: Mutex<Vec<Child>> = Mutex::new(Vec::new());
+
+impl Process {
+    fn id(&self) -> Option<u32> {
+        self.0.as_ref().map(Child::id)
+    }
+
+    /// Waits until it has ended.
+    fn wait(mut self) {
+        if let Some(mut child) = self.0.take() {
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if let Some(child) = self.0.take() {
+            let mut ownerless = OWNERLESS.lock().unwrap_or_else(PoisonError::into_inner);
+            ownerless.push(child);
+        }
+    }
+}
+
+/// Lets the system forget processes of sandboxes that live on, or lived on, without this one. For programs that live long,
+/// now and then.
+pub fn reap() {
+    let mut ownerless = OWNERLESS.lock().unwrap_or_else(PoisonError::into_inner);
+    ownerless.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
 }
 
 /// A live sandbox and its lease: dropping this ends the sandbox.
 #[derive(Debug)]
 pub struct Lease {
     stream: UnixStream,
-    supervisor: Child,
+    supervisor: Process,
     sandbox: Sandbox,
     temporary: bool,
 }
@@ -249,7 +288,7 @@ impl Lease {
         let live = self.sandbox.directory.live();
         Memory {
             machine: live.and_then(|live| live.machine).and_then(resident_bytes),
-            supervisor: resident_bytes(self.supervisor.id()),
+            supervisor: self.supervisor.id().and_then(resident_bytes),
         }
     }
 
@@ -270,11 +309,11 @@ impl Lease {
 
     /// Ends the sandbox and waits until nothing of it runs: a temporary one is gone then, another one stopped.
     pub fn release(self) {
-        let Self { stream, mut supervisor, sandbox, temporary } = self;
+        let Self { stream, supervisor, sandbox, temporary } = self;
         drop(stream);
         if temporary {
             // The supervisor of another one may stay to wait for its deadline.
-            let _ = supervisor.wait();
+            supervisor.wait();
         }
         // The supervisor tidies up; if it was killed, its machine dies with it and the rest is ours.
         let directory = sandbox.directory;

@@ -26,6 +26,7 @@ pub mod inspect;
 pub mod launch;
 pub mod lifecycle;
 pub mod network;
+pub mod options;
 mod problem;
 pub mod project;
 pub mod record;
@@ -39,6 +40,7 @@ pub mod supervisor;
 pub mod templates;
 mod text;
 pub mod trust;
+pub mod values;
 pub mod volumes;
 pub mod workspace;
 

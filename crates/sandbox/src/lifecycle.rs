@@ -71,7 +71,7 @@ pub async fn start(directory: &SandboxDirectory, program: &Path) -> Result<Optio
 ///
 /// # Errors
 /// Code `init-script` if it fails.
-pub async fn initialise(sandbox: &Sandbox, say: &mut dyn FnMut(&[u8])) -> Result<(), Problem> {
+pub async fn initialise(sandbox: &Sandbox, say: &mut (dyn FnMut(&[u8]) + Send)) -> Result<(), Problem> {
     let directory = sandbox.directory().path();
     if is_initialised(directory) {
         return Ok(());

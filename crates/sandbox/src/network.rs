@@ -14,8 +14,9 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+pub use agentkernel_network::Rule;
 pub use agentkernel_network::audit::{Entry, Kind, Verdict};
-use agentkernel_network::{Cause, Mode, Policy, Published, Rule, Upstream, audit};
+use agentkernel_network::{Cause, Mode, Policy, Published, Upstream, audit};
 use serde::{Deserialize, Serialize};
 
 use crate::build::addresses;

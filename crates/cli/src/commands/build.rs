@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use agentkernel_sandbox::build::{BuildRequest, Egress, Engine, Event, ImageBuilder, NetworkMode, Options};
 use agentkernel_sandbox::configuration::BuildDefaults;
+use agentkernel_sandbox::options::configuration;
 use agentkernel_sandbox::project::CONFIGURATION_FILE;
 use agentkernel_sandbox::{Problem, io, plain};
 
-use super::{images, launch};
+use super::images;
 use crate::arguments::{BuildArguments, BuildEngine, BuildProgress, Network};
 use crate::{environment, ui};
 
@@ -107,7 +108,7 @@ impl Defaults {
         };
         // A context that is not there is the builder's to complain about.
         let place = place.canonicalize().unwrap_or(place);
-        let (configuration, directory) = launch::configuration(None, &place, &environment::user()?.home)?;
+        let (configuration, directory) = configuration(None, &place, &environment::user()?.home)?;
         let build = configuration.build;
         let beneath =
             |path: &Option<PathBuf>| path.as_deref().map(|path| inside(&directory, path)).transpose();

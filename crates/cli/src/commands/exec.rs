@@ -27,7 +27,7 @@ const GLANCE: Duration = Duration::from_millis(50);
 pub(super) fn exec(arguments: &ExecArguments) -> Result<u8, Problem> {
     let sandbox = Sandbox::open(environment::home()?.find(&arguments.name)?)?;
     let spec = Spec::load(sandbox.directory().path())?;
-    let variables = launch::variables(&arguments.env_file, &arguments.env)?;
+    let variables = launch::variables(&arguments.env_file, &arguments.env, &environment::surroundings()?)?;
     let mut exec = run::exec_of(&spec.defaults, &arguments.command, variables, &arguments.how);
     if let Some(directory) = &arguments.workdir {
         exec.directory = ByteBuf::from(directory.as_os_str().as_bytes());

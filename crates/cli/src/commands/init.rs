@@ -11,15 +11,16 @@ use crate::arguments::InitArguments;
 use crate::{environment, ui};
 
 pub(super) fn init(arguments: &InitArguments) -> Result<u8, Problem> {
-    let directory = environment::current_directory()?;
+    let surroundings = environment::surroundings()?;
+    let directory = &surroundings.current_directory;
     let path = directory.join(CONFIGURATION_FILE);
-    let project = Project::read(&directory).map_err(io(format!("look at {}", directory.display())))?;
+    let project = Project::read(directory).map_err(io(format!("look at {}", directory.display())))?;
     let language = choose(&[], &project);
     let text = template(&InitChoice {
         name: directory.file_name().and_then(|name| name.to_str()),
         language,
         host_suffices: language
-            .is_none_or(|language| language.commands.iter().any(|program| environment::finds(program))),
+            .is_none_or(|language| language.commands.iter().any(|program| surroundings.finds(program))),
     });
     let mut options = std::fs::OpenOptions::new();
     options.write(true).create_new(!arguments.force).create(arguments.force).truncate(arguments.force);

@@ -35,6 +35,9 @@ pub struct Execution {
     pub sandbox: String,
     /// Program and arguments, as far as they are text.
     pub command: Vec<String>,
+    /// Its process id in the guest, once it runs.
+    #[serde(default)]
+    pub pid: Option<u32>,
     /// Whether it has a terminal, and so may be attached to.
     pub terminal: bool,
     /// When it was started, RFC 3339.
@@ -131,6 +134,7 @@ impl Journal {
             id,
             sandbox: name.to_owned(),
             command: exec.arguments.iter().map(text).collect(),
+            pid: None,
             terminal: exec.terminal.is_some(),
             started_at: rfc3339(unix_ms()),
             state: State::Running,
@@ -165,7 +169,11 @@ impl Journal {
             ExecOutput::Failed { kind, message } => {
                 self.end(State::Failed, Some(failure_code(*kind)), Some(printable(message)));
             }
-            ExecOutput::Started { .. } | ExecOutput::StdinTaken(_) => {}
+            ExecOutput::Started { pid } => {
+                self.execution.pid = Some(*pid);
+                self.save();
+            }
+            ExecOutput::StdinTaken(_) => {}
         }
     }
 
@@ -181,6 +189,10 @@ impl Journal {
         self.execution.exit_code = exit_code;
         self.execution.note = note;
         self.execution.ended_at = Some(rfc3339(unix_ms()));
+        self.save();
+    }
+
+    fn save(&self) {
         if let Err(problem) = self.execution.save(&self.sandbox) {
             tracing::warn!("{}", problem.message);
         }

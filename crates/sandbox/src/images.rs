@@ -225,6 +225,11 @@ impl Images {
         is_path(reference) || self.find(reference).is_ok() || split_reference(reference).0.exists()
     }
 
+    /// Whether `reference` would be read of a file or directory of the host.
+    pub fn is_file(&self, reference: &str) -> bool {
+        is_path(reference) || (self.find(reference).is_err() && split_reference(reference).0.exists())
+    }
+
     /// Whether `reference` can be asked for at a registry.
     ///
     /// # Errors

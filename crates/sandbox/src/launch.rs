@@ -20,7 +20,9 @@ use crate::spec::{
 };
 use crate::state::{Home, random_word};
 use crate::text::Text;
-use crate::workspace::{ChangeSet, ChangeSetError, LastChanges};
+use crate::workspace::{
+    self, ApplyOptions, ApplyReport, ChangeSet, ChangeSetError, ChangeSummary, LastChanges,
+};
 use crate::{disk, files, setup};
 
 /// Most virtual processors given without being asked.
@@ -367,4 +369,24 @@ pub fn keep_last(home: &Home, change_set: &Path, workspace: &Path) -> Result<Cha
         return Ok(set);
     }
     LastChanges::new(home.path()).keep(set).map_err(refused)
+}
+
+/// Writes a finished sandbox's changes to its workspace, where they do not conflict; what is left becomes the last set.
+///
+/// # Errors
+/// If the set cannot be read, the workspace not be written, or what is left not be kept.
+pub fn apply_or_keep(
+    home: &Home,
+    change_set: &Path,
+    workspace: &Path,
+    options: &ApplyOptions,
+) -> Result<(ChangeSummary, ApplyReport), Problem> {
+    let mut set = checked_set(change_set, workspace)?;
+    let summary = set.summary();
+    let report = workspace::apply(&mut set, options)
+        .map_err(|error| problem("apply", &error, error.hint().map(str::to_owned)))?;
+    if !set.is_empty() {
+        LastChanges::new(home.path()).keep(set).map_err(refused)?;
+    }
+    Ok((summary, report))
 }

@@ -3,7 +3,7 @@
 //! A sandbox that runs is asked; one that is stopped is started for as long as that takes, for only a guest may read a
 //! guest's file system.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use agentkernel_protocol::control::{HostVersion, Rebase};
 use serde_bytes::ByteBuf;
@@ -14,8 +14,8 @@ use crate::lifecycle;
 use crate::problem::{Problem, plain, problem};
 use crate::project::{Workspace, WorkspaceMode};
 use crate::spec::Spec;
-use crate::state::SandboxDirectory;
-use crate::workspace::{ApplyReport, ChangeSet};
+use crate::state::{Home, SandboxDirectory};
+use crate::workspace::{self, ApplyOptions, ApplyReport, ChangeSet, LastChanges};
 
 /// The change set of the sandbox in `directory`, as it is now. `progress` is told if the sandbox must be started first.
 ///
@@ -26,9 +26,9 @@ pub async fn changes(
     program: &Path,
     progress: &mut (dyn FnMut(&str) + Send),
 ) -> Result<ChangeSet, Problem> {
-    let workspace = workspace(directory)?;
+    let workspace = shared(directory)?;
     // A set whose apply died is about to be replaced; what that left in the workspace goes first.
-    crate::workspace::repair(&directory.path().join(crate::collect::DIRECTORY))
+    workspace::repair(&directory.path().join(crate::collect::DIRECTORY))
         .map_err(|error| problem("apply", &error, error.hint().map(str::to_owned)))?;
     if directory.is_dead() {
         progress("starting the sandbox to read its changes ...");
@@ -44,7 +44,7 @@ pub async fn changes(
     checked_set(&path, &workspace.root)
 }
 
-fn workspace(directory: &SandboxDirectory) -> Result<Workspace, Problem> {
+fn shared(directory: &SandboxDirectory) -> Result<Workspace, Problem> {
     let spec = Spec::load(directory.path())?;
     match spec.workspace {
         Some(workspace) if workspace.mode == WorkspaceMode::Cow => Ok(workspace),
@@ -76,4 +76,39 @@ pub async fn rebase(directory: &SandboxDirectory, report: &ApplyReport) -> Resul
         version: base.map(HostVersion::from),
     });
     Sandbox::open(directory.clone())?.rebase(paths.collect()).await
+}
+
+/// Paths as people give them, relative to the set's workspace.
+pub fn relative(set: &ChangeSet, paths: &[PathBuf]) -> Vec<PathBuf> {
+    let plain = |path: &PathBuf| -> PathBuf {
+        let path = path.strip_prefix(set.workspace()).unwrap_or(path);
+        path.components().filter(|part| !matches!(part, std::path::Component::CurDir)).collect()
+    };
+    paths.iter().map(plain).collect()
+}
+
+/// The last run's changes.
+///
+/// # Errors
+/// Code `no-changes` if there are none.
+pub fn last(home: &Home) -> Result<ChangeSet, Problem> {
+    let set = LastChanges::new(home.path()).load();
+    let set = set.map_err(|error| problem("changes", &error, error.hint().map(str::to_owned)))?;
+    set.ok_or_else(|| {
+        let hint = "agentkernel run keeps the changes that its command made in the workspace";
+        plain("no-changes", "there are no kept changes", Some(hint))
+    })
+}
+
+/// Applies a change set, or the selected part of it; one of which all was taken is removed.
+///
+/// # Errors
+/// If the workspace cannot be written.
+pub fn apply(mut set: ChangeSet, options: &ApplyOptions) -> Result<ApplyReport, Problem> {
+    let report = workspace::apply(&mut set, options)
+        .map_err(|error| problem("apply", &error, error.hint().map(str::to_owned)))?;
+    if set.is_empty() && !options.dry_run {
+        set.discard().map_err(|error| problem("changes", &error, None))?;
+    }
+    Ok(report)
 }

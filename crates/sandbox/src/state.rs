@@ -242,7 +242,7 @@ impl Home {
     pub fn find(&self, name: &str) -> Result<SandboxDirectory, Problem> {
         if check_name(name).is_ok() {
             let sandbox = SandboxDirectory { path: self.sandboxes().join(name), home: self.clone() };
-            if sandbox.path.is_dir() {
+            if sandbox.path.is_dir() && !sandbox.is_template() {
                 return Ok(sandbox);
             }
         }

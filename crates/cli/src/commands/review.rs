@@ -6,23 +6,23 @@ use std::path::PathBuf;
 
 use agentkernel_sandbox::state::{Home, SandboxDirectory};
 use agentkernel_sandbox::workspace::{
-    ApplyAction, ApplyOptions, ApplyReport, ChangeSet, DiffError, DiffOptions, FileDiff, LastChanges, Palette,
+    ApplyAction, ApplyOptions, ApplyReport, ChangeSet, DiffError, DiffOptions, FileDiff, Palette,
 };
-use agentkernel_sandbox::{Problem, plain, problem, review, workspace};
+use agentkernel_sandbox::{Problem, problem, review, workspace};
 
 use super::block_on;
 use crate::arguments::{ApplyArguments, DiffArguments};
 use crate::{environment, ui};
 
 /// Which changes.
-#[derive(Debug, Default)]
-pub(super) struct Selection {
+#[derive(Debug)]
+struct Selection {
     /// Only these paths; empty: all.
-    pub paths: Vec<PathBuf>,
+    paths: Vec<PathBuf>,
     /// Not these paths.
-    pub exclude: Vec<PathBuf>,
+    exclude: Vec<PathBuf>,
     /// Write nothing.
-    pub dry_run: bool,
+    dry_run: bool,
 }
 
 /// Whose changes: a sandbox's, or the last run's if there is none.
@@ -44,12 +44,7 @@ impl Source {
             let program = environment::program()?;
             return block_on(review::changes(sandbox, &program, &mut |text| status.say(text)))?;
         }
-        let last = LastChanges::new(self.home.path());
-        let set = last.load().map_err(|error| problem("changes", &error, error.hint().map(str::to_owned)))?;
-        set.ok_or_else(|| {
-            let hint = "agentkernel run keeps the changes that its command made in the workspace";
-            plain("no-changes", "there are no kept changes", Some(hint))
-        })
+        review::last(&self.home)
     }
 }
 
@@ -83,30 +78,16 @@ pub(super) fn apply(arguments: &ApplyArguments) -> Result<u8, Problem> {
     Ok(u8::from(has_leftovers(&report)))
 }
 
-/// Paths as people give them, relative to the workspace.
-fn relative(set: &ChangeSet, paths: &[PathBuf]) -> Vec<PathBuf> {
-    let plain = |path: &PathBuf| -> PathBuf {
-        let path = path.strip_prefix(set.workspace()).unwrap_or(path);
-        path.components().filter(|part| !matches!(part, std::path::Component::CurDir)).collect()
-    };
-    paths.iter().map(plain).collect()
-}
-
 /// Applies a change set, or the selected part of it; one of which all was taken is removed.
-pub(super) fn apply_set(mut set: ChangeSet, selection: &Selection) -> Result<ApplyReport, Problem> {
-    let paths = relative(&set, &selection.paths);
+fn apply_set(set: ChangeSet, selection: &Selection) -> Result<ApplyReport, Problem> {
+    let paths = review::relative(&set, &selection.paths);
     let options = ApplyOptions {
         named: paths.clone(),
         paths,
-        exclude: relative(&set, &selection.exclude),
+        exclude: review::relative(&set, &selection.exclude),
         dry_run: selection.dry_run,
     };
-    let report = workspace::apply(&mut set, &options)
-        .map_err(|error| problem("apply", &error, error.hint().map(str::to_owned)))?;
-    if set.is_empty() && !selection.dry_run {
-        set.discard().map_err(|error| problem("changes", &error, None))?;
-    }
-    Ok(report)
+    review::apply(set, &options)
 }
 
 /// True if something that was asked for is not on the host.
@@ -166,7 +147,10 @@ pub(super) fn diff(arguments: &DiffArguments) -> Result<u8, Problem> {
     let (name, paths) = names(arguments.last, arguments.name.as_ref(), &arguments.paths);
     let source = Source::open(name.as_deref())?;
     let mut set = source.changes(arguments.json)?;
-    let options = DiffOptions { paths: relative(&set, &paths), exclude: relative(&set, &arguments.exclude) };
+    let options = DiffOptions {
+        paths: review::relative(&set, &paths),
+        exclude: review::relative(&set, &arguments.exclude),
+    };
     let colours = ui::paints_stdout();
     let palette =
         Palette { escape: std::io::stdout().is_terminal(), ..if colours { COLOURS } else { PLAIN } };

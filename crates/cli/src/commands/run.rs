@@ -10,7 +10,7 @@ use agentkernel_sandbox::network::{self, AuditReader};
 use agentkernel_sandbox::project::WorkspaceMode;
 use agentkernel_sandbox::spec::{Defaults, Spec};
 use agentkernel_sandbox::state::Home;
-use agentkernel_sandbox::workspace::ChangeSet;
+use agentkernel_sandbox::workspace::{ApplyOptions, ApplyReport, ChangeSummary};
 use agentkernel_sandbox::{Problem, io, lifecycle, plain};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -115,7 +115,7 @@ async fn in_sandbox(
         Ok(None)
     } else {
         let kept = tokio::select! {
-            kept = keep_changes(&mut lease, home, launch, &ended) => kept,
+            kept = keep_changes(&mut lease, home, launch, &ended, arguments.apply) => kept,
             code = interrupted() => {
                 lease.release();
                 return Ok(code);
@@ -133,30 +133,26 @@ async fn in_sandbox(
         tell(&refusals, arguments.keep.then_some(spec.name.as_str()));
     }
     // Whatever became of the changes, what the command said is not lost.
-    let (kept, mut failure) = match kept {
-        Ok(kept) => (kept, None),
-        Err(problem) => (None, Some(problem)),
+    let ((summary, report), failure) = match kept {
+        Ok(Some((summary, report))) => ((Some(summary), report), None),
+        Ok(None) => ((None, None), None),
+        Err(problem) => ((None, None), Some(problem)),
     };
-    let summary = kept.as_ref().map(ChangeSet::summary);
-    let mut report = None;
-    if let Some((set, summary)) = kept.zip(summary).filter(|(_, summary)| summary.total() > 0) {
-        if arguments.apply && code == 0 {
-            match review::apply_set(set, &review::Selection::default()) {
-                Ok(applied) => {
-                    if !quiet {
-                        review::show(&applied, "--last");
-                    }
-                    if review::has_leftovers(&applied) {
-                        code = ui::RUN_FAILED;
-                    }
-                    report = Some(applied);
-                }
-                Err(problem) => failure = Some(problem),
+    let changed = summary.filter(|summary| summary.total() > 0);
+    match (&report, changed) {
+        (Some(applied), Some(_)) => {
+            if !quiet {
+                review::show(applied, "--last");
             }
-        } else if !quiet {
+            if review::has_leftovers(applied) {
+                code = ui::RUN_FAILED;
+            }
+        }
+        (None, Some(summary)) if !quiet => {
             let why = if arguments.apply { " (not applied: the command failed)" } else { "" };
             ui::note(&format!("{summary}{why}, kept as last: agentkernel apply --last"));
         }
+        _ => {}
     }
     if json {
         let mut outcome = Outcome::new(&ended, code, &captured, summary, report, started, begun.elapsed());
@@ -178,13 +174,14 @@ fn gone_is_fine(problem: Problem) -> Result<(), Problem> {
     if problem.code == "not-found" { Ok(()) } else { Err(problem) }
 }
 
-/// Moves the sandbox's change set to where `apply --last` finds it.
+/// Moves the sandbox's change set to where `apply --last` finds it, or applies it if the command succeeded.
 async fn keep_changes(
     lease: &mut Lease,
     home: &Home,
     launch: &Launch,
     ended: &Ended,
-) -> Result<Option<ChangeSet>, Problem> {
+    apply: bool,
+) -> Result<Option<(ChangeSummary, Option<ApplyReport>)>, Problem> {
     let shared = launch.spec.workspace.as_ref().filter(|workspace| workspace.mode == WorkspaceMode::Cow);
     let Some(workspace) = shared.filter(|_| !matches!(ended, Ended::Abandoned { .. })) else {
         return Ok(None);
@@ -192,7 +189,16 @@ async fn keep_changes(
     let Finished { change_set, problem, .. } = lease.finish().await?;
     match (problem, change_set) {
         (Some(problem), _) => Err(problem),
-        (None, Some(change_set)) => launch::keep_last(home, &change_set, &workspace.root).map(Some),
+        (None, Some(change_set)) if apply && ended.code() == 0 => {
+            let options = ApplyOptions::default();
+            let (summary, report) =
+                launch::apply_or_keep(home, &change_set, &workspace.root, &options)?;
+            Ok(Some((summary, Some(report))))
+        }
+        (None, Some(change_set)) => {
+            let set = launch::keep_last(home, &change_set, &workspace.root)?;
+            Ok(Some((set.summary(), None)))
+        }
         (None, None) => Ok(None),
     }
 }

@@ -1,0 +1,194 @@
+//! The engine as clients drive it: what both doors call.
+//!
+//! ```text
+//! request ─► grants: may they ask for that? ─► sandbox::options, launch, client ...
+//!         └► admission: a place among the runs, or in the queue before them
+//! ```
+//! It reads and writes the same state directory as the command line: what one makes, the other sees. Whatever a client
+//! began and did not wait for is ended: see [`Held`].
+
+mod capture;
+mod detached;
+mod events;
+mod exec;
+mod files;
+mod grants;
+mod host;
+mod launching;
+mod review;
+mod run;
+mod sandboxes;
+mod snapshots;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use agentkernel_image::registry::RegistryOptions;
+use agentkernel_sandbox::options::Surroundings;
+use agentkernel_sandbox::spec::Spec;
+use agentkernel_sandbox::state::{Home, SandboxDirectory};
+use agentkernel_sandbox::{Problem, client, plain};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, broadcast};
+
+pub use self::capture::{Capture, Said, utf8_prefix};
+pub use self::events::Watch;
+pub use self::exec::{Interaction, Program};
+pub use self::grants::Grants;
+pub use self::run::{Run, RunEvent};
+use crate::model::LogEntry;
+
+/// How often the engine sees to what others leave: processes that ended.
+const CHORES: Duration = Duration::from_secs(2);
+
+/// What the engine works with.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The state directory.
+    pub home: Home,
+    /// This program, for the processes it starts of itself.
+    pub program: PathBuf,
+    /// Who started the server, and where: whose project sandboxes share.
+    pub surroundings: Surroundings,
+    /// A configuration in place of the project's own.
+    pub configuration: Option<PathBuf>,
+    /// How images are pulled.
+    pub registry: RegistryOptions,
+    /// What clients may ask for.
+    pub grants: Grants,
+    /// Temporary sandboxes at once.
+    pub runs: usize,
+    /// Requests that may wait for such a place.
+    pub queue: usize,
+}
+
+/// The engine.
+#[derive(Clone, Debug)]
+pub struct Engine {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    settings: Settings,
+    started: Instant,
+    places: Arc<Semaphore>,
+    /// Runs that have a place or wait for one.
+    admitted: Arc<AtomicUsize>,
+    /// One review at a time: each rewrites its sandbox's change set.
+    review: Mutex<()>,
+    events: broadcast::Sender<Arc<LogEntry>>,
+}
+
+/// A place among the runs.
+#[derive(Debug)]
+pub(crate) struct Place {
+    _permit: OwnedSemaphorePermit,
+    _admitted: Admitted,
+}
+
+/// Counts a run until it is dropped.
+#[derive(Debug)]
+struct Admitted(Arc<AtomicUsize>);
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Engine {
+    /// Makes the engine; on a runtime, for it has chores.
+    pub fn new(settings: Settings) -> Self {
+        let places = Arc::new(Semaphore::new(settings.runs.max(1)));
+        let (events, _) = broadcast::channel(events::QUEUE);
+        let shared = Arc::new(Shared {
+            settings,
+            started: Instant::now(),
+            places,
+            admitted: Arc::default(),
+            review: Mutex::default(),
+            events,
+        });
+        let weak = Arc::downgrade(&shared);
+        tokio::spawn(async move {
+            while weak.strong_count() > 0 {
+                tokio::time::sleep(CHORES).await;
+                client::reap();
+            }
+        });
+        tokio::spawn(events::watch(Arc::downgrade(&shared)));
+        Self { shared }
+    }
+
+    fn home(&self) -> &Home {
+        &self.shared.settings.home
+    }
+
+    fn settings(&self) -> &Settings {
+        &self.shared.settings
+    }
+
+    /// What clients may ask for.
+    pub fn grants(&self) -> &Grants {
+        &self.shared.settings.grants
+    }
+
+    /// Time since the start.
+    pub fn uptime(&self) -> Duration {
+        self.shared.started.elapsed()
+    }
+
+    /// Temporary sandboxes that run or wait for their turn.
+    pub fn admitted(&self) -> usize {
+        self.shared.admitted.load(Ordering::Relaxed)
+    }
+
+    /// Waits for a place among the runs.
+    ///
+    /// # Errors
+    /// Code `busy` if too many wait already.
+    async fn admit(&self) -> Result<Place, Problem> {
+        let limit = self.settings().runs.max(1) + self.settings().queue;
+        let admitted = self.shared.admitted.clone();
+        let before = admitted.fetch_add(1, Ordering::Relaxed);
+        let counted = Admitted(admitted);
+        if before >= limit {
+            let queue = self.settings().queue;
+            let message = format!("{} commands run and {queue} wait already", self.settings().runs);
+            return Err(plain("busy", message, Some("try again in a moment")));
+        }
+        let permit = self.shared.places.clone().acquire_owned().await;
+        let permit = permit.map_err(|_| plain("busy", "the server is ending", None))?;
+        Ok(Place { _permit: permit, _admitted: counted })
+    }
+
+    /// The sandbox of that name or UUID, whatever it may do.
+    fn look_up(&self, name: &str) -> Result<SandboxDirectory, Problem> {
+        let directory = self.home().find(name)?;
+        // Machines of templates and builds are nobody's to see.
+        if self.home().list()?.iter().any(|known| known.path() == directory.path()) {
+            return Ok(directory);
+        }
+        self.home().find("-")
+    }
+
+    /// The sandbox of that name or UUID, if clients may use what it may do.
+    fn find(&self, name: &str) -> Result<(SandboxDirectory, Spec), Problem> {
+        let directory = self.look_up(name)?;
+        let spec = Spec::load(directory.path())?;
+        self.grants().check_spec(&spec)?;
+        Ok((directory, spec))
+    }
+}
+
+/// Does what may wait for the disk on a thread of its own.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+) -> Result<T, Problem> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(plain("internal", format!("a thread of the server's ended: {error}"), None)),
+    }
+}

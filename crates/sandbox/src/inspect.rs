@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use agentkernel_machine::process_metrics;
@@ -11,8 +11,10 @@ use serde::Serialize;
 use crate::configuration::{NetworkMode, Profile};
 use crate::deadline::{self, Clocks, rfc3339};
 use crate::executions::{self, State};
+use crate::network::{AuditReader, Verdict};
 use crate::problem::{Problem, plain};
 use crate::project::WorkspaceMode;
+use crate::record::{Entry, RecordReader};
 use crate::spec::{Image, MountSource, Spec};
 use crate::state::{Phase, SandboxDirectory};
 
@@ -182,5 +184,36 @@ impl Stats {
             uptime_seconds: deadline::unix_ms().saturating_sub(live.started_unix_ms) / 1000,
             name: spec.name,
         })
+    }
+}
+
+/// Follows all that happens to a sandbox: its record, its console, and what its network refused.
+#[derive(Debug)]
+pub struct LogReader {
+    record: RecordReader,
+    network: AuditReader,
+}
+
+impl LogReader {
+    /// From the oldest entry that is kept.
+    pub fn new(directory: &Path) -> Self {
+        Self { record: RecordReader::new(directory), network: AuditReader::new(directory) }
+    }
+
+    /// What came since the last call, oldest first.
+    ///
+    /// # Errors
+    /// If the files cannot be read.
+    pub fn read(&mut self) -> std::io::Result<Vec<Entry>> {
+        let mut entries = self.record.read()?;
+        let refused = self.network.read()?.into_iter().filter(|entry| entry.verdict == Verdict::Refused);
+        entries.extend(refused.map(|entry| Entry {
+            time: rfc3339(entry.unix_ms),
+            event: "refused".to_owned(),
+            text: entry.reason.unwrap_or(entry.rule),
+        }));
+        // Those of the same moment stay in their order.
+        entries.sort_by(|one, other| one.time.cmp(&other.time));
+        Ok(entries)
     }
 }

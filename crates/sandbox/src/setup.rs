@@ -96,6 +96,14 @@ fn kernel_problem(error: &KernelError) -> Problem {
 }
 
 /// Why machines are emulated here; `None` if the hardware runs them.
+/// How machines' processors are run here: `kvm` or `tcg`.
+pub fn accelerator() -> &'static str {
+    match accelerator::detect().accelerator {
+        Accelerator::Kvm => "kvm",
+        Accelerator::Tcg => "tcg",
+    }
+}
+
 pub(crate) fn emulated() -> Option<String> {
     let detection = accelerator::detect();
     (detection.accelerator == Accelerator::Tcg).then_some(detection.reason)

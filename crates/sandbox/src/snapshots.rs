@@ -106,15 +106,31 @@ pub fn list(home: &Home) -> Result<Vec<Snapshot>, Problem> {
     for entry in fs::read_dir(home.snapshots()).map_err(io(what()))? {
         let name = entry.map_err(io(what()))?.file_name().to_string_lossy().into_owned();
         if !name.starts_with('.') {
-            all.push(find(home, &name)?.0);
+            all.push(find(home, &name)?);
         }
     }
     all.sort_by(|one, other| one.name.cmp(&other.name));
     Ok(all)
 }
 
+/// The snapshot called `name`.
+///
+/// # Errors
+/// Code `not-found`.
+pub fn find(home: &Home, name: &str) -> Result<Snapshot, Problem> {
+    locate(home, name).map(|(snapshot, _)| snapshot)
+}
+
+/// What the sandbox was created with that the snapshot called `name` was taken of.
+///
+/// # Errors
+/// Code `not-found`; if it is damaged.
+pub fn spec_of(home: &Home, name: &str) -> Result<Spec, Problem> {
+    Spec::load(&locate(home, name)?.1)
+}
+
 /// The snapshot called `name` and its directory.
-fn find(home: &Home, name: &str) -> Result<(Snapshot, PathBuf), Problem> {
+fn locate(home: &Home, name: &str) -> Result<(Snapshot, PathBuf), Problem> {
     let missing = || {
         let message = format!("there is no snapshot called {}", printable(name));
         plain("not-found", message, Some("agentkernel snapshot list shows those there are"))
@@ -132,7 +148,7 @@ fn find(home: &Home, name: &str) -> Result<(Snapshot, PathBuf), Problem> {
 /// # Errors
 /// Code `not-found` if there is none.
 pub fn remove(home: &Home, name: &str) -> Result<(), Problem> {
-    let (_, directory) = find(home, name)?;
+    let (_, directory) = locate(home, name)?;
     // From sight at once; the sweep takes what is left if this is cut short.
     let hidden = Draft::new(&home.snapshots())?;
     fs::rename(&directory, hidden.path().join("removed")).map_err(io(format!("remove {name}")))
@@ -158,7 +174,7 @@ pub async fn restore(
     restoring: &Restoring,
     program: &Path,
 ) -> Result<SandboxDirectory, Problem> {
-    let (snapshot, directory) = find(home, name)?;
+    let (snapshot, directory) = locate(home, name)?;
     let origin = Origin { spec: Spec::load(&directory)?, directory: directory.clone() };
     let saved =
         (snapshot.memory && !restoring.disk_only).then(|| SavedMachine::open(&directory)).transpose()?;

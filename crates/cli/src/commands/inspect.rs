@@ -3,10 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use agentkernel_sandbox::deadline::rfc3339;
-use agentkernel_sandbox::inspect::{SandboxInfo, Stats};
-use agentkernel_sandbox::network::{AuditReader, Verdict};
-use agentkernel_sandbox::record::{Entry, RecordReader};
+use agentkernel_sandbox::inspect::{LogReader, SandboxInfo, Stats};
 use agentkernel_sandbox::spec::Spec;
 use agentkernel_sandbox::state::{Phase, SandboxDirectory};
 use agentkernel_sandbox::{Problem, io};
@@ -125,20 +122,9 @@ pub(super) fn stats(arguments: &StatsArguments) -> Result<u8, Problem> {
 pub(super) fn logs(arguments: &LogsArguments) -> Result<u8, Problem> {
     let directory: SandboxDirectory = environment::home()?.find(&arguments.name)?;
     directory.repair();
-    let mut record = RecordReader::new(directory.path());
-    let mut network = AuditReader::new(directory.path());
+    let mut log = LogReader::new(directory.path());
     loop {
-        let mut entries = record.read().map_err(io("read the sandbox's record"))?;
-        let decided = network.read().map_err(io("read the network's record"))?;
-        let refused = decided.into_iter().filter(|entry| entry.verdict == Verdict::Refused);
-        entries.extend(refused.map(|entry| Entry {
-            time: rfc3339(entry.unix_ms),
-            event: "refused".to_owned(),
-            text: entry.reason.unwrap_or(entry.rule),
-        }));
-        // Those of the same moment stay in their order.
-        entries.sort_by(|one, other| one.time.cmp(&other.time));
-        for entry in entries {
+        for entry in log.read().map_err(io("read the sandbox's record"))? {
             let line = if arguments.json {
                 serde_json::to_string(&entry).unwrap_or_default()
             } else {

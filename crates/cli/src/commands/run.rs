@@ -191,8 +191,7 @@ async fn keep_changes(
         (Some(problem), _) => Err(problem),
         (None, Some(change_set)) if apply && ended.code() == 0 => {
             let options = ApplyOptions::default();
-            let (summary, report) =
-                launch::apply_or_keep(home, &change_set, &workspace.root, &options)?;
+            let (summary, report) = launch::apply_or_keep(home, &change_set, &workspace.root, &options)?;
             Ok(Some((summary, Some(report))))
         }
         (None, Some(change_set)) => {

@@ -128,10 +128,11 @@ mod tests {
         let public = network(NetworkMode::Public, &[], &[]);
         let cow = Workspace { root: "/p".into(), mode: WorkspaceMode::Cow };
         let rw = Workspace { root: "/p".into(), mode: WorkspaceMode::Rw };
-        let volume = HostMount { source: MountSource::Volume("v".into()), target: "/v".into(), read_only: false };
-        let host = HostMount { source: MountSource::Host("/srv".into()), target: "/v".into(), read_only: true };
-        let [default, all] =
-            [Grants::default(), Grants { profile: Profile::Permissive, host_access: true }];
+        let volume =
+            HostMount { source: MountSource::Volume("v".into()), target: "/v".into(), read_only: false };
+        let host =
+            HostMount { source: MountSource::Host("/srv".into()), target: "/v".into(), read_only: true };
+        let [default, all] = [Grants::default(), Grants { profile: Profile::Permissive, host_access: true }];
         let restrictive = Grants { profile: Profile::Restrictive, host_access: false };
         let cases: [(Profile, Option<&Workspace>, &[HostMount], NetworkSpec, [bool; 3]); 9] = [
             (Profile::Moderate, Some(&cow), &[], public.clone(), [true, true, false]),
@@ -139,10 +140,34 @@ mod tests {
             (Profile::Permissive, Some(&cow), &[], public.clone(), [false, true, false]),
             (Profile::Moderate, None, &[volume], public.clone(), [true, true, false]),
             (Profile::Moderate, None, &[host], public, [false, true, false]),
-            (Profile::Moderate, None, &[], network(NetworkMode::None, &["a.example"], &[]), [true, true, false]),
-            (Profile::Moderate, None, &[], network(NetworkMode::Public, &["10.0.0.1"], &[]), [false, true, false]),
-            (Profile::Moderate, None, &[], network(NetworkMode::None, &[], &["0.0.0.0:80:80"]), [false, true, false]),
-            (Profile::Restrictive, None, &[], network(NetworkMode::None, &[], &["80:80"]), [true, true, true]),
+            (
+                Profile::Moderate,
+                None,
+                &[],
+                network(NetworkMode::None, &["a.example"], &[]),
+                [true, true, false],
+            ),
+            (
+                Profile::Moderate,
+                None,
+                &[],
+                network(NetworkMode::Public, &["10.0.0.1"], &[]),
+                [false, true, false],
+            ),
+            (
+                Profile::Moderate,
+                None,
+                &[],
+                network(NetworkMode::None, &[], &["0.0.0.0:80:80"]),
+                [false, true, false],
+            ),
+            (
+                Profile::Restrictive,
+                None,
+                &[],
+                network(NetworkMode::None, &[], &["80:80"]),
+                [true, true, true],
+            ),
         ];
         for (number, (profile, workspace, mounts, network, expected)) in cases.iter().enumerate() {
             let powers = Powers { profile: *profile, workspace: *workspace, mounts, network };

@@ -208,7 +208,9 @@ fn end(lease: Option<Lease>, directory: Option<SandboxDirectory>) {
     }
     let Some(directory) = directory.filter(|directory| directory.path().exists()) else { return };
     let removed = tokio::runtime::Handle::current().block_on(lifecycle::remove(&directory, true));
-    if let Err(problem) = removed.or_else(|problem| if problem.code == "not-found" { Ok(()) } else { Err(problem) }) {
+    if let Err(problem) =
+        removed.or_else(|problem| if problem.code == "not-found" { Ok(()) } else { Err(problem) })
+    {
         tracing::warn!("{}", problem.message);
     }
 }

@@ -11,7 +11,6 @@ mod capture;
 mod detached;
 mod events;
 mod exec;
-mod files;
 mod grants;
 mod host;
 mod launching;
@@ -166,12 +165,29 @@ impl Engine {
 
     /// The sandbox of that name or UUID, whatever it may do.
     fn look_up(&self, name: &str) -> Result<SandboxDirectory, Problem> {
-        let directory = self.home().find(name)?;
-        // Machines of templates and builds are nobody's to see.
-        if self.home().list()?.iter().any(|known| known.path() == directory.path()) {
-            return Ok(directory);
+        self.home().find(name)
+    }
+
+    /// Paths of the host that clients are not told, and what stands for them.
+    pub(crate) fn private_paths(&self) -> Vec<(String, &'static str)> {
+        let settings = self.settings();
+        let mut paths = vec![
+            (settings.home.path().display().to_string(), "<state>"),
+            (settings.program.display().to_string(), "<program>"),
+        ];
+        if let Some(project) = self.project() {
+            paths.push((project.display().to_string(), "<project>"));
         }
-        self.home().find("-")
+        for (path, name) in [
+            (&settings.surroundings.current_directory, "<directory>"),
+            (&settings.surroundings.user.home, "<home>"),
+        ] {
+            // Of the root itself nothing would be left.
+            if path.parent().is_some() {
+                paths.push((path.display().to_string(), name));
+            }
+        }
+        paths
     }
 
     /// The sandbox of that name or UUID, if clients may use what it may do.

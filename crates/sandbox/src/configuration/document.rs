@@ -9,8 +9,8 @@ use toml_parser::lexer::TokenKind;
 use super::nearest::{nearest, shown};
 
 /// The tables and their keys; `[env]` and `[build.args]` have whatever keys they like.
-pub(super) const KEYS: [(&str, &[&str]); 9] = [
-    ("", &["sandbox", "resources", "security", "network", "build", "files", "env"]),
+pub(super) const KEYS: [(&str, &[&str]); 10] = [
+    ("", &["sandbox", "resources", "security", "network", "build", "files", "env", "api"]),
     ("sandbox", &["name", "image", "base_image", "runtime", "init_script", "workspace"]),
     ("resources", &["vcpus", "memory_mb", "disk_mb"]),
     ("security", &["profile", "mount_cwd", "require_hardware", "network", "commands", "domains"]),
@@ -19,10 +19,11 @@ pub(super) const KEYS: [(&str, &[&str]); 9] = [
     ("network", &["mode", "allow", "deny", "ports"]),
     ("build", &["dockerfile", "context", "target", "args", "no_cache"]),
     ("files", &["source", "dest", "mode"]),
+    ("api", &["api_key", "api_key_env"]),
 ];
 
 /// Keys of later versions.
-const LATER: [&str; 4] = ["agent", "api", "secrets", "ssh"];
+const LATER: [&str; 3] = ["agent", "secrets", "ssh"];
 
 /// Keys of 0.18 that profiles have replaced.
 const REPLACED: [&str; 3] = ["security.mount_home", "security.pass_env", "security.read_only"];

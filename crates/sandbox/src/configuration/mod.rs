@@ -12,6 +12,7 @@
 
 mod document;
 pub mod environment;
+mod key;
 pub mod language;
 mod nearest;
 mod policy;
@@ -31,6 +32,7 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use self::document::{Mistake, Table, wrong_type};
+pub use self::key::{ApiKey, ApiKeySource, BadApiKey};
 use self::language::{Language, UnknownLanguage};
 use self::nearest::{nearest, shown, shown_up_to};
 pub use self::policy::{CommandPolicy, Refusal};
@@ -88,6 +90,8 @@ pub struct Configuration {
     pub environment: Vec<(String, String)>,
     /// `[build]`.
     pub build: BuildDefaults,
+    /// `[api]`: the key of `agentkernel serve`. Sandboxes and their commands have nothing to do with it.
+    pub api_key: Option<ApiKeySource>,
 }
 
 /// What `agentkernel build` of this directory takes where no flag says otherwise. The paths are relative to the
@@ -227,6 +231,7 @@ fn read(root: Table<'_>) -> Result<Configuration, Mistake> {
         files: files(root.tables("files", "files")?)?,
         environment: environment(root.table("env", "env")?)?,
         build: build(root.table("build", "build")?)?,
+        api_key: key::api_key(root.table("api", "api")?)?,
     })
 }
 

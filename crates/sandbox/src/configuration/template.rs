@@ -115,6 +115,10 @@ const REST: &str = r#"# The project in the guest: a copy whose changes wait for 
 #   source = "config/settings.json"
 #   dest = "/etc/app/settings.json"
 #   mode = "0644"
+
+# The key that clients of `agentkernel serve`, started here, must show; or the variable that has it:
+#   [api]
+#   api_key_env = "AGENTKERNEL_API_KEY"
 "#;
 
 #[cfg(test)]

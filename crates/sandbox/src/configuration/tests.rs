@@ -63,6 +63,8 @@ make deps
         [env]
         PORT = "8080"
         "a b" = ""
+        [api]
+        api_key_env = "AGENTKERNEL_KEY"
     "#;
     let file = |source: &str, destination: &str, mode| InjectedFile {
         source: source.into(),
@@ -96,6 +98,7 @@ make deps
         ],
         environment: vec![("PORT".into(), "8080".into()), ("a b".into(), String::new())],
         build: BuildDefaults::default(),
+        api_key: Some(ApiKeySource::Variable("AGENTKERNEL_KEY".into())),
     };
     assert_eq!(parse(text).unwrap(), expected);
     assert_eq!(parse("").unwrap(), Configuration::default());
@@ -133,7 +136,7 @@ fn unknown_keys() {
         ("name = 'x'", "1:1: unknown key `name`\n`name` is a key of [sandbox]"),
         (
             "[zzz]",
-            "1:2: unknown table [zzz]\nthe tables are sandbox, resources, security, network, build, files, env",
+            "1:2: unknown table [zzz]\nthe tables are sandbox, resources, security, network, build, files, env, api",
         ),
         (
             "[network]\nq = 1",
@@ -157,7 +160,7 @@ fn unknown_keys() {
     ] {
         assert_eq!(said(text), expected);
     }
-    for later in ["[agent]", "[api]", "[secrets]", "[ssh]"] {
+    for later in ["[agent]", "[secrets]", "[ssh]"] {
         let expected =
             format!("1:2: this version does not have {later} yet\nremove it; a later version will have it");
         assert_eq!(said(later), expected);
@@ -428,6 +431,42 @@ fn builds_have_defaults() {
         "1:20: `build.args.V` must be a string, not a whole number\nput quotes around it"
     );
     assert_eq!(said("build.args = { 'a=b' = '' }"), "1:16: `a=b` cannot be the name of a build argument");
+}
+
+#[test]
+fn keys_of_the_server_are_taken_but_never_shown() {
+    const SECRET: &str = "s3cr3t-!~\u{e9}";
+    let configuration = parse("api.api_key = 's3cr3t!'").unwrap();
+    let Some(ApiKeySource::Key(key)) = &configuration.api_key else { panic!("{configuration:?}") };
+    assert_eq!(key.expose(), "s3cr3t!");
+    assert!(!format!("{configuration:?} {configuration:#?}").contains("s3cr3t"));
+    let rule = "a key has 1 to 1024 visible ASCII characters, no spaces";
+    let name = "`api.api_key_env` must be the name of a variable: ASCII letters, digits and _";
+    let itself = "the key itself would be `api_key`";
+    for (text, expected) in [
+        ("[api]\napi_ky = 'a'".into(), "2:1: unknown key `api.api_ky`\ndid you mean `api_key`?".to_owned()),
+        (
+            "[api]\nzzz = 'a'".into(),
+            "2:1: unknown key `api.zzz`\nthe keys of [api] are api_key, api_key_env".into(),
+        ),
+        ("api_key = 'a'".into(), "1:1: unknown key `api_key`\n`api_key` is a key of [api]".into()),
+        ("api = 's'".into(), "1:7: `api` must be a table, not a string".into()),
+        ("api.api_key = 1".into(), "1:15: `api.api_key` must be a string, not a whole number".into()),
+        (
+            "[api]\napi_key_env = 'A'\napi_key = 's3cr3t'".into(),
+            "2:1: `api.api_key_env` contradicts `api.api_key`\ngive one of them".into(),
+        ),
+        ("api.api_key = ''".into(), format!("1:15: `api.api_key`: {rule}")),
+        (format!("api.api_key = '{SECRET}'"), format!("1:15: `api.api_key`: {rule}")),
+        ("api.api_key = 's3cr3t key'".into(), format!("1:15: `api.api_key`: {rule}")),
+        (format!("api.api_key = '{}'", "s".repeat(1025)), format!("1:15: `api.api_key`: {rule}")),
+        ("api.api_key_env = ''".into(), format!("1:19: {name}\n{itself}")),
+        ("api.api_key_env = '1A'".into(), format!("1:19: {name}\n{itself}")),
+        (format!("api.api_key_env = '{SECRET}'"), format!("1:19: {name}\n{itself}")),
+        ("api.api_key_env = '$A'".into(), format!("1:19: {name}\nleave out the `$`")),
+    ] {
+        assert_eq!(said(&text), expected, "{text}");
+    }
 }
 
 #[test]

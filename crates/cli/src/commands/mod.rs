@@ -18,6 +18,7 @@ mod lifecycle;
 mod outcome;
 mod review;
 mod run;
+mod serve;
 mod setup;
 mod snapshot;
 mod volume;
@@ -44,6 +45,7 @@ pub(crate) fn dispatch(verb: Verb) -> ExitCode {
         Verb::Setup(arguments) => setup::setup(&arguments),
         Verb::Doctor(arguments) => doctor::doctor(&arguments),
         Verb::Benchmark(arguments) => benchmark::benchmark(&arguments),
+        Verb::Serve(arguments) => serve::serve(&arguments),
         Verb::Completions(arguments) => completions::completions(&arguments),
     };
     match outcome {

@@ -32,10 +32,10 @@ use agentkernel_sandbox::{Problem, client, plain};
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, broadcast};
 
 pub use self::capture::{Capture, Said, utf8_prefix};
-pub use self::events::Watch;
-pub(crate) use self::exec::Step;
 pub use self::detached::Stream;
+pub use self::events::Watch;
 pub use self::exec::Interaction;
+pub(crate) use self::exec::Step;
 pub use self::grants::Grants;
 pub(crate) use self::run::OUTPUT;
 pub use self::run::{Pending, Run, RunEvent};

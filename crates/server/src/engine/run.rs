@@ -161,7 +161,6 @@ impl Pending {
         program.send(&ExecInput::StdinEnd).await;
         Ok(Run { engine, program, held, launch, apply, _place: place })
     }
-
 }
 
 impl Run {

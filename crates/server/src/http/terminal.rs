@@ -14,9 +14,9 @@ use std::time::Duration;
 use agentkernel_protocol::frame::CHUNK;
 use agentkernel_protocol::message::{ExecInput, STDIN_WINDOW, WindowSize};
 use agentkernel_sandbox::{Problem, plain, printable};
+use axum::extract::State;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
-use axum::extract::State;
 use axum::response::Response;
 use futures::stream::{SplitSink, SplitStream};
 use futures::{SinkExt, StreamExt};
@@ -132,8 +132,8 @@ async fn converse(
         Ok(Some(Err(_)) | None) => return Ok(None),
         Err(_) => return Err(plain("slow", "the first message did not come", None)),
     };
-    let request: TerminalRequest = serde_json::from_str(&text)
-        .map_err(|error| plain("json", printable(&error.to_string()), None))?;
+    let request: TerminalRequest =
+        serde_json::from_str(&text).map_err(|error| plain("json", printable(&error.to_string()), None))?;
     let size =
         WindowSize { rows: request.rows.unwrap_or(24).max(1), columns: request.cols.unwrap_or(80).max(1) };
     let command = match request.command {
@@ -205,7 +205,10 @@ async fn converse(
 }
 
 /// Takes what the client sends until it is gone.
-async fn take(receiver: &mut SplitStream<WebSocket>, inputs: &mpsc::Sender<ExecInput>) -> Result<(), Problem> {
+async fn take(
+    receiver: &mut SplitStream<WebSocket>,
+    inputs: &mpsc::Sender<ExecInput>,
+) -> Result<(), Problem> {
     while let Some(Ok(message)) = receiver.next().await {
         let messages: Vec<ExecInput> = match message {
             Message::Binary(bytes) => {

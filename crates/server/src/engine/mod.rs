@@ -11,6 +11,7 @@ mod capture;
 mod detached;
 mod events;
 mod exec;
+mod files;
 mod grants;
 mod host;
 mod launching;

@@ -56,6 +56,7 @@ pub(crate) enum Verb {
     Doctor(DoctorArguments),
     Benchmark(Box<BenchmarkArguments>),
     Serve(ServeArguments),
+    Mcp(McpArguments),
     Completions(CompletionsArguments),
 }
 
@@ -978,6 +979,22 @@ Examples:
   curl localhost:18888/run -H content-type:application/json -d '{\"command\": [\"uname\", \"-a\"]}'
   openssl rand -hex 32 > key && agentkernel serve --host 0.0.0.0 --api-key-file key
   curl localhost:18888/openapi.json                   # all routes; docs/api.md shows each";
+
+/// Serve one coding agent over MCP, on standard input and output.
+///
+/// Agents start it themselves: see `agentkernel plugin install`. Their sandboxes share the project of the directory it is
+/// started in.
+#[derive(Debug, Args)]
+#[command(after_help = MCP_EXAMPLES)]
+pub(crate) struct McpArguments {
+    #[command(flatten)]
+    pub grants: GrantArguments,
+}
+
+const MCP_EXAMPLES: &str = "\
+Examples:
+  claude mcp add agentkernel -- agentkernel mcp
+  agentkernel mcp --profile restrictive               # no network and no project for any of its sandboxes";
 
 /// What clients may ask for.
 #[derive(Debug, Args)]

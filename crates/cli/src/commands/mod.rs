@@ -15,6 +15,7 @@ mod inspect;
 pub(crate) mod internal;
 mod launch;
 mod lifecycle;
+mod mcp;
 mod outcome;
 mod review;
 mod run;
@@ -45,6 +46,7 @@ pub(crate) fn dispatch(verb: Verb) -> ExitCode {
         Verb::Setup(arguments) => setup::setup(&arguments),
         Verb::Doctor(arguments) => doctor::doctor(&arguments),
         Verb::Benchmark(arguments) => benchmark::benchmark(&arguments),
+        Verb::Mcp(arguments) => mcp::mcp(&arguments),
         Verb::Serve(arguments) => serve::serve(&arguments),
         Verb::Completions(arguments) => completions::completions(&arguments),
     };

@@ -27,13 +27,17 @@ pub(super) fn serve(arguments: &ServeArguments) -> Result<u8, Problem> {
     let home = environment::home()?;
     let surroundings = environment::surroundings()?;
     let keys = keys(arguments, &surroundings)?;
-    let default_runs = std::thread::available_parallelism().map_or(1, usize::from) * 4;
-    let runs = arguments.runs.map_or(default_runs.max(8), usize::from);
+    let runs = arguments.runs.map_or_else(default_runs, usize::from);
     let settings = settings(&home, surroundings, &arguments.grants, runs, usize::from(arguments.queue))?;
     let runtime = runtime()?;
     let served = runtime.block_on(run(arguments, &home, settings, keys));
     runtime.shutdown_background();
     served.map(|()| 0)
+}
+
+/// Temporary sandboxes at once, where nothing is said.
+pub(super) fn default_runs() -> usize {
+    (std::thread::available_parallelism().map_or(1, usize::from) * 4).max(8)
 }
 
 /// A runtime with threads: what one request waits for keeps no other.
@@ -113,7 +117,9 @@ async fn run(arguments: &ServeArguments, home: &Home, settings: Settings, keys: 
             None => ui::note("sandboxes share no project: none was found here"),
         }
     }
-    listening.serve(ended(arguments.quiet)).await
+    listening.serve(ended(arguments.quiet)).await?;
+    engine.settle_down().await;
+    Ok(())
 }
 
 /// Waits for the first signal to end; the second ends at once.

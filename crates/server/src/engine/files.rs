@@ -6,23 +6,37 @@ use agentkernel_sandbox::{Problem, guest_files, plain};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
-use super::Engine;
+use super::{Capture, Engine};
 use crate::model::{Encoding, FileContent, WriteManyRequest, WriteRequest, Written};
 
 /// Most files of one request.
 const FILES: usize = 1000;
 
+fn cut(text: &str, limit: usize) -> String {
+    let mut capture = Capture::new(limit);
+    capture.take(text.as_bytes());
+    capture.text()
+}
+
 impl Engine {
-    /// Reads a file.
+    /// Reads a file; of text longer than `limit` bytes head and tail.
     ///
     /// # Errors
     /// Code `file-not-found`, `is-a-directory`, `not-a-file`, `file-too-large`, `path-invalid`; if the sandbox does not run.
-    pub async fn read_file(&self, name: &str, path: &str) -> Result<FileContent, Problem> {
+    pub async fn read_file(&self, name: &str, path: &str, limit: usize) -> Result<FileContent, Problem> {
         let (sandbox, _) = self.live(name).await?;
         let bytes = guest_files::read(&sandbox, Path::new(path)).await?;
         let size = bytes.len();
         Ok(match String::from_utf8(bytes) {
-            Ok(content) => FileContent { content, encoding: Encoding::Utf8, size },
+            Ok(content) => {
+                let content = if size > limit { cut(&content, limit) } else { content };
+                FileContent { content, encoding: Encoding::Utf8, size }
+            }
+            Err(_) if size > limit => {
+                let message =
+                    format!("the file has {size} bytes that are no text; at most {limit} are given");
+                return Err(plain("file-too-large", message, None));
+            }
             Err(error) => {
                 let content = STANDARD.encode(error.as_bytes());
                 FileContent { content, encoding: Encoding::Base64, size }

@@ -3,6 +3,8 @@
 use std::ffi::OsString;
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use agentkernel_sandbox::client::{self, Lease, Life, Sandbox, Warmth};
@@ -142,7 +144,11 @@ impl Engine {
         let (home, spec) = (self.home().clone(), launch.spec.clone());
         let held = blocking(move || client::create(&home, &spec, life, deadline.as_ref())).await?;
         // What could not be started was not created.
-        let mut guard = Held { directory: Some(held.directory.clone()), lease: None };
+        let mut guard = Held {
+            directory: Some(held.directory.clone()),
+            lease: None,
+            counted: Some(Counted::new(&self.shared.held)),
+        };
         let lease = client::start(held, &self.settings().program, warmth).await?;
         let lease = guard.lease.insert(lease);
         lifecycle::initialise(lease.sandbox(), &mut |_| {}).await?;
@@ -155,6 +161,25 @@ impl Engine {
 pub(super) struct Held {
     directory: Option<SandboxDirectory>,
     pub lease: Option<Lease>,
+    /// Until nothing of it is left, or it lives on.
+    counted: Option<Counted>,
+}
+
+/// Counts something until it is dropped.
+#[derive(Debug)]
+struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Held {
@@ -195,7 +220,13 @@ impl Drop for Held {
             return;
         }
         match tokio::runtime::Handle::try_current() {
-            Ok(runtime) => drop(runtime.spawn_blocking(move || end(lease, directory))),
+            Ok(runtime) => {
+                let counted = self.counted.take();
+                runtime.spawn_blocking(move || {
+                    end(lease, directory);
+                    drop(counted);
+                });
+            }
             // The lease's end is the sandbox's; the next sweep takes what is left.
             Err(_) => drop(lease),
         }

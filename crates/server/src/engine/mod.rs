@@ -38,12 +38,16 @@ pub use self::events::Watch;
 pub use self::exec::Interaction;
 pub(crate) use self::exec::Step;
 pub use self::grants::Grants;
+pub(crate) use self::review::UNIFIED;
 pub(crate) use self::run::OUTPUT;
 pub use self::run::{Pending, Run, RunEvent};
 use crate::model::LogEntry;
 
 /// How often the engine sees to what others leave: processes that ended.
 const CHORES: Duration = Duration::from_secs(2);
+
+/// How long what was begun may take to end once nobody waits for it.
+const FAREWELL: Duration = Duration::from_secs(10);
 
 /// What the engine works with.
 #[derive(Clone, Debug)]
@@ -79,6 +83,8 @@ struct Shared {
     places: Arc<Semaphore>,
     /// Runs that have a place or wait for one.
     admitted: Arc<AtomicUsize>,
+    /// Sandboxes that somebody waits for, or that are being ended because nobody does any more.
+    held: Arc<AtomicUsize>,
     /// One review at a time: each rewrites its sandbox's change set.
     review: Mutex<()>,
     events: broadcast::Sender<Arc<LogEntry>>,
@@ -111,6 +117,7 @@ impl Engine {
             started: Instant::now(),
             places,
             admitted: Arc::default(),
+            held: Arc::default(),
             review: Mutex::default(),
             events,
         });
@@ -146,6 +153,14 @@ impl Engine {
     /// Temporary sandboxes that run or wait for their turn.
     pub fn admitted(&self) -> usize {
         self.shared.admitted.load(Ordering::Relaxed)
+    }
+
+    /// Waits, for a while, until nothing is left of what somebody waited for who does so no more.
+    pub async fn settle_down(&self) {
+        let deadline = tokio::time::Instant::now() + FAREWELL;
+        while self.shared.held.load(Ordering::Relaxed) > 0 && tokio::time::Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     /// Takes a place in the queue for the runs.

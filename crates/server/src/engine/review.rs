@@ -14,25 +14,25 @@ use super::{Engine, blocking};
 use crate::model::{Applied, ApplyRequest, Diff};
 
 /// Bytes of a unified diff that are given.
-const UNIFIED: usize = 4 << 20;
+pub(crate) const UNIFIED: usize = 4 << 20;
 /// Changed paths that are given one by one.
 const PATHS: usize = 20_000;
 const PLAIN: Palette = Palette { header: "", hunk: "", added: "", removed: "", reset: "", escape: false };
 
 impl Engine {
     /// What a sandbox changed in the project, or the last run if none is named. `paths` are relative to the project; none:
-    /// all.
+    /// all. At most `limit` bytes of the unified diff are given.
     ///
     /// # Errors
     /// Code `no-changes` if there is nothing that could have changed.
-    pub async fn diff(&self, name: Option<&str>, paths: &[String]) -> Result<Diff, Problem> {
+    pub async fn diff(&self, name: Option<&str>, paths: &[String], limit: usize) -> Result<Diff, Problem> {
         let paths = relative(paths)?;
         let _alone = self.shared.review.lock().await;
         let mut set = self.changes(name).await?;
         blocking(move || {
             let options = DiffOptions { paths: review::relative(&set, &paths), exclude: Vec::new() };
             let mut files = Vec::new();
-            let mut unified = Bounded { bytes: Vec::new(), omitted: 0 };
+            let mut unified = Bounded { bytes: Vec::new(), limit, omitted: 0 };
             let mut show = |file: &FileDiff| {
                 if files.len() < PATHS {
                     files.push(serde_json::to_value(file).map_err(std::io::Error::other)?);
@@ -105,12 +105,13 @@ fn relative(paths: &[String]) -> Result<Vec<PathBuf>, Problem> {
 /// Takes what there is room for, and counts the rest.
 struct Bounded {
     bytes: Vec<u8>,
+    limit: usize,
     omitted: u64,
 }
 
 impl Write for Bounded {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let room = UNIFIED.saturating_sub(self.bytes.len()).min(bytes.len());
+        let room = self.limit.saturating_sub(self.bytes.len()).min(bytes.len());
         self.bytes.extend_from_slice(&bytes[..room]);
         self.omitted += (bytes.len() - room) as u64;
         Ok(bytes.len())

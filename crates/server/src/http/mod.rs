@@ -27,6 +27,7 @@ pub use self::access::Keys;
 pub use self::listen::{Listening, Place, listen};
 use self::metrics::Metrics;
 use crate::engine::Engine;
+use crate::mcp;
 
 /// What all requests share.
 #[derive(Clone, Debug)]
@@ -74,6 +75,7 @@ fn router(engine: Engine, keys: Keys) -> (Router, CancellationToken) {
     let router = Router::new()
         .merge(creating)
         .merge(other)
+        .nest_service("/mcp", mcp::service(engine.clone(), ending.clone()))
         .fallback(guard::no_route)
         .method_not_allowed_fallback(guard::no_method)
         .layer(from_fn_with_state(app.clone(), guard::guard))

@@ -14,7 +14,7 @@ pub(crate) async fn read(
     State(app): State<App>,
     Path((name, path)): Path<(String, String)>,
 ) -> Answer<FileContent> {
-    ok(app.engine.read_file(&name, &absolute(&path)).await?)
+    ok(app.engine.read_file(&name, &absolute(&path), usize::MAX).await?)
 }
 
 /// Write a file, with the directories it is in.

@@ -6,6 +6,7 @@ use utoipa::IntoParams;
 
 use super::super::App;
 use super::super::answer::{Answer, Optional, Path, Query, ok};
+use crate::engine::UNIFIED;
 use crate::model::{Applied, ApplyRequest, Diff, Envelope};
 
 /// Which changes are shown.
@@ -32,7 +33,7 @@ pub(crate) async fn diff(
     Path(name): Path<String>,
     Query(query): Query<DiffQuery>,
 ) -> Answer<Diff> {
-    ok(app.engine.diff(Some(&name), &query.paths()).await?)
+    ok(app.engine.diff(Some(&name), &query.paths(), UNIFIED).await?)
 }
 
 /// Write a sandbox's changes to the project.
@@ -53,7 +54,7 @@ pub(crate) async fn apply(
 #[utoipa::path(get, path = "/last/diff", tag = "review", params(DiffQuery),
     responses((status = 200, description = "The changes.", body = Envelope<Diff>)))]
 pub(crate) async fn last_diff(State(app): State<App>, Query(query): Query<DiffQuery>) -> Answer<Diff> {
-    ok(app.engine.diff(None, &query.paths()).await?)
+    ok(app.engine.diff(None, &query.paths(), UNIFIED).await?)
 }
 
 /// Write the changes of the last command in a temporary sandbox to the project.

@@ -1,0 +1,34 @@
+//! `agentkernel mcp`.
+
+use agentkernel_sandbox::Problem;
+use agentkernel_server::engine::Engine;
+use agentkernel_server::mcp;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::serve::{default_runs, runtime, settings};
+use crate::arguments::McpArguments;
+use crate::environment;
+
+/// Commands of an agent that may wait for their turn.
+const QUEUE: usize = 64;
+
+pub(super) fn mcp(arguments: &McpArguments) -> Result<u8, Problem> {
+    let home = environment::home()?;
+    let surroundings = environment::surroundings()?;
+    let settings = settings(&home, surroundings, &arguments.grants, default_runs(), QUEUE)?;
+    let runtime = runtime()?;
+    let served = runtime.block_on(async {
+        let engine = Engine::new(settings);
+        let Ok(mut terminate) = signal(SignalKind::terminate()) else {
+            return mcp::serve_stdio(engine).await;
+        };
+        let result = tokio::select! {
+            result = mcp::serve_stdio(engine.clone()) => result,
+            _ = terminate.recv() => Ok(()),
+        };
+        engine.settle_down().await;
+        result
+    });
+    runtime.shutdown_background();
+    served.map(|()| 0)
+}

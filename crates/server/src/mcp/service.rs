@@ -1,0 +1,105 @@
+//! The server that has the tools, and the two ways to it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use agentkernel_sandbox::{Problem, plain};
+use rmcp::model::{Implementation, ServerCapabilities, ServerConfig};
+use rmcp::transport::async_rw::AsyncRwTransport;
+use rmcp::transport::io::stdio_pipes;
+use rmcp::transport::streamable_http_server::session::local::LocalSessionManager;
+use rmcp::transport::streamable_http_server::{StreamableHttpServerConfig, StreamableHttpService};
+use rmcp::{ServerHandler, ServiceExt, tool_handler};
+use tokio_util::sync::CancellationToken;
+
+use crate::engine::Engine;
+
+/// Longest message of a peer's over stdio, and largest body over HTTP, bytes: files are sent in them.
+const MESSAGE: usize = 32 << 20;
+/// Sessions over HTTP at once.
+const SESSIONS: usize = 256;
+/// How long a session over HTTP may be idle.
+const IDLE: Duration = Duration::from_secs(600);
+
+const INSTRUCTIONS: &str = "Runs commands in isolated microVMs. Run what you would not trust on this machine with \
+sandbox_run (a fresh sandbox, removed afterwards), or make a sandbox that lives with sandbox_create and use sandbox_exec. \
+Sandboxes see the project copy-on-write: review what was changed with sandbox_diff, take it with sandbox_apply. Before \
+something risky take a snapshot (snapshot_take, snapshot_restore); to try several ways at once, sandbox_fork.";
+
+/// A server for one peer.
+#[derive(Clone, Debug)]
+pub(crate) struct Service {
+    pub(super) engine: Engine,
+    /// Counted as long as it lives.
+    _session: Option<Arc<Session>>,
+}
+
+#[derive(Debug)]
+struct Session(Arc<AtomicUsize>);
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[tool_handler(router = Self::tool_router())]
+impl ServerHandler for Service {
+    fn get_info(&self) -> ServerConfig {
+        let mut info = ServerConfig::new(ServerCapabilities::builder().enable_tools().build());
+        info.server_info = Implementation::new("agentkernel", env!("CARGO_PKG_VERSION"));
+        info.instructions = Some(INSTRUCTIONS.to_owned());
+        info
+    }
+}
+
+/// Serves the peer at standard input and output until it is gone. Nothing else may be written to standard output.
+///
+/// # Errors
+/// Code `mcp` if the peer does not speak the protocol.
+pub async fn serve_stdio(engine: Engine) -> Result<(), Problem> {
+    let (reader, writer) = stdio_pipes();
+    serve(engine, reader, writer).await
+}
+
+async fn serve<R, W>(engine: Engine, reader: R, writer: W) -> Result<(), Problem>
+where
+    R: tokio::io::AsyncRead + Send + Unpin + 'static,
+    W: tokio::io::AsyncWrite + Send + Unpin + 'static,
+{
+    let transport = AsyncRwTransport::new(reader, writer).with_max_line_length(MESSAGE);
+    let service = Service { engine, _session: None };
+    let running = match service.serve(transport).await {
+        Ok(running) => running,
+        // A peer that leaves before it said anything.
+        Err(rmcp::service::ServerInitializeError::ConnectionClosed(_)) => return Ok(()),
+        Err(error) => {
+            return Err(plain("mcp", format!("the peer does not speak MCP: {error}"), None));
+        }
+    };
+    let ended = running.waiting().await;
+    ended.map(drop).map_err(|error| plain("mcp", format!("the server ended: {error}"), None))
+}
+
+/// The service of `/mcp`. Who may come in, and from where, is settled before it.
+pub(crate) fn service(
+    engine: Engine,
+    ending: CancellationToken,
+) -> StreamableHttpService<Service, LocalSessionManager> {
+    let sessions = Arc::new(AtomicUsize::new(0));
+    let make = move || {
+        let session = Session(sessions.clone());
+        if sessions.fetch_add(1, Ordering::Relaxed) >= SESSIONS {
+            return Err(std::io::Error::other(format!("{SESSIONS} sessions are open already")));
+        }
+        Ok(Service { engine: engine.clone(), _session: Some(Arc::new(session)) })
+    };
+    let mut manager = LocalSessionManager::default();
+    manager.session_config.keep_alive = Some(IDLE);
+    let config = StreamableHttpServerConfig::default()
+        .disable_allowed_hosts()
+        .with_max_request_body_bytes(MESSAGE)
+        .with_cancellation_token(ending);
+    StreamableHttpService::new(make, Arc::new(manager), config)
+}

@@ -16,6 +16,7 @@ pub(crate) mod internal;
 mod launch;
 mod lifecycle;
 mod outcome;
+mod plugin;
 mod review;
 mod run;
 mod setup;
@@ -41,6 +42,7 @@ pub(crate) fn dispatch(verb: Verb) -> ExitCode {
         Verb::Images(verb) => images::images(&verb),
         Verb::Volume(verb) => volume::volume(&verb),
         Verb::Init(arguments) => init::init(&arguments),
+        Verb::Plugin(verb) => plugin::plugin(&verb),
         Verb::Setup(arguments) => setup::setup(&arguments),
         Verb::Doctor(arguments) => doctor::doctor(&arguments),
         Verb::Benchmark(arguments) => benchmark::benchmark(&arguments),

@@ -898,7 +898,7 @@ pub(crate) enum Plugin {
 const PLUGIN_EXAMPLES: &str = "\
 Examples:
   agentkernel plugin install claude              # in this project
-  agentkernel plugin install mcp --global        # for every agent that is set up here, in all projects
+  agentkernel plugin install mcp --global        # for every agent set up here
   agentkernel plugin install claude --dry-run    # what would be written
   agentkernel plugin remove claude";
 

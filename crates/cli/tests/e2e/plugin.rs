@@ -92,6 +92,10 @@ fn claude_in_a_project() {
     let said = plugin(&host, &["remove", "claude"]);
     assert_eq!(said.expect(0).matches("removed ").count(), 2, "{said:?}");
     assert_eq!(tree(&host.home()), before, "all that was added is gone, its directories included");
+    plugin(&host, &["install", "claude"]).expect(0);
+    plugin(&host, &["remove", "mcp", "--force"]).expect(0);
+    assert!(!host.project().join(".mcp.json").exists());
+    plugin(&host, &["remove", "claude"]).expect(0);
     let said = plugin(&host, &["remove", "claude"]);
     assert_eq!((said.expect(0), said.stderr.matches("nothing to change").count()), ("", 2));
 }

@@ -63,7 +63,7 @@ fn change(arguments: &PluginArguments, change: Change) -> Result<u8, Problem> {
     let parts = parts(arguments.plugin, scope)?;
     if parts.is_empty() {
         let message = "no agent that is known here was found: Claude Code, Codex, Gemini CLI, Cursor";
-        let hint = "start the agent once, or enter the server by hand: the command is `agentkernel`, its argument `mcp`";
+        let hint = "start the agent once, or enter the server by hand: command `agentkernel`, argument `mcp`";
         return Err(plain("no-agent", message, Some(hint)));
     }
     let mut reports = Vec::new();
@@ -105,7 +105,7 @@ fn change_part(
         Change::Remove => {
             let foreign = state == State::Differs;
             let kept = foreign.then(|| "it is not as install writes it; --force removes it".to_owned());
-            let kept = kept.filter(|_| !arguments.force).or(needed_by_claude(part, arguments, scope)?);
+            let kept = kept.or(needed_by_claude(part, arguments, scope)?).filter(|_| !arguments.force);
             (state == State::Missing, part.take(&before.text)?, kept)
         }
     };

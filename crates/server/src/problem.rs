@@ -32,6 +32,7 @@ pub(crate) fn status(problem: &Problem) -> StatusCode {
         | "idempotency-key-in-use" => StatusCode::CONFLICT,
         "not-granted" | "command-policy" | "not-local" | "no-hardware" => StatusCode::FORBIDDEN,
         "unauthorized" => StatusCode::UNAUTHORIZED,
+        "upgrade" => StatusCode::UPGRADE_REQUIRED,
         "method" => StatusCode::METHOD_NOT_ALLOWED,
         "slow" => StatusCode::REQUEST_TIMEOUT,
         "body-too-large" | "file-too-large" => StatusCode::PAYLOAD_TOO_LARGE,

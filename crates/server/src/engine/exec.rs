@@ -21,7 +21,7 @@ use crate::model::{ExecRequest, Refusal, RunOutput};
 const TIMEOUT_GRACE: Duration = Duration::from_secs(10);
 
 /// Who hears what a command says, piece by piece; the second word is true for standard error.
-pub type Listener<'a> = &'a mut (dyn FnMut(&[u8], bool) + Send);
+pub(crate) type Listener<'a> = &'a mut (dyn FnMut(&[u8], bool) + Send);
 
 /// A command that runs.
 #[derive(Debug)]
@@ -217,6 +217,14 @@ impl Engine {
         }
         exec.terminal = Some(size);
         Ok(Interaction { program: Program::start(&sandbox, exec).await?, sandbox })
+    }
+
+    /// Whether a sandbox runs, and clients may use what it may do.
+    ///
+    /// # Errors
+    /// Code `not-found`, `not-running`, `not-granted`.
+    pub async fn check_live(&self, name: &str) -> Result<(), Problem> {
+        self.live(name).await.map(drop)
     }
 
     /// A sandbox that runs, if clients may use what it may do.

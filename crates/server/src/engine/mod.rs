@@ -33,9 +33,12 @@ use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, broadcast};
 
 pub use self::capture::{Capture, Said, utf8_prefix};
 pub use self::events::Watch;
-pub use self::exec::{Interaction, Program};
+pub(crate) use self::exec::Step;
+pub use self::detached::Stream;
+pub use self::exec::Interaction;
 pub use self::grants::Grants;
-pub use self::run::{Run, RunEvent};
+pub(crate) use self::run::OUTPUT;
+pub use self::run::{Pending, Run, RunEvent};
 use crate::model::LogEntry;
 
 /// How often the engine sees to what others leave: processes that ended.
@@ -144,11 +147,11 @@ impl Engine {
         self.shared.admitted.load(Ordering::Relaxed)
     }
 
-    /// Waits for a place among the runs.
+    /// Takes a place in the queue for the runs.
     ///
     /// # Errors
     /// Code `busy` if too many wait already.
-    async fn admit(&self) -> Result<Place, Problem> {
+    fn admit(&self) -> Result<Admitted, Problem> {
         let limit = self.settings().runs.max(1) + self.settings().queue;
         let admitted = self.shared.admitted.clone();
         let before = admitted.fetch_add(1, Ordering::Relaxed);
@@ -158,9 +161,14 @@ impl Engine {
             let message = format!("{} commands run and {queue} wait already", self.settings().runs);
             return Err(plain("busy", message, Some("try again in a moment")));
         }
+        Ok(counted)
+    }
+
+    /// Waits for a place among the runs.
+    async fn place(&self, admitted: Admitted) -> Result<Place, Problem> {
         let permit = self.shared.places.clone().acquire_owned().await;
         let permit = permit.map_err(|_| plain("busy", "the server is ending", None))?;
-        Ok(Place { _permit: permit, _admitted: counted })
+        Ok(Place { _permit: permit, _admitted: admitted })
     }
 
     /// The sandbox of that name or UUID, whatever it may do.

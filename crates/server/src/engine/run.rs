@@ -1,12 +1,15 @@
 //! Commands in temporary sandboxes.
 
 use std::ffi::OsString;
+use std::time::Duration;
 
 use agentkernel_protocol::message::ExecInput;
 use agentkernel_sandbox::client::{Finished, Life, Warmth};
 use agentkernel_sandbox::launch::{self, Launch};
 use agentkernel_sandbox::network::AuditReader;
+use agentkernel_sandbox::options::Options;
 use agentkernel_sandbox::project::WorkspaceMode;
+use agentkernel_sandbox::state::random_word;
 use agentkernel_sandbox::workspace::{ApplyOptions, ApplyReport, ChangeSummary};
 use agentkernel_sandbox::{Problem, io, plain};
 use serde_json::Value;
@@ -14,13 +17,13 @@ use serde_json::Value;
 use super::capture::Said;
 use super::exec::{Ended, Listener, Program, Step, outcome, refusals};
 use super::launching::{Held, command, time};
-use super::{Engine, Place, blocking};
+use super::{Admitted, Engine, Place, blocking};
 use crate::model::{BatchOutput, BatchRequest, BatchResult, Changes, RunOutput, RunRequest};
 
 /// Most commands of a batch.
 const BATCH: usize = 64;
 /// Bytes that are kept of each stream of a command's output.
-pub(crate) const OUTPUT: usize = 8 << 20;
+pub const OUTPUT: usize = 8 << 20;
 
 /// A command in a temporary sandbox. Dropped, all of it is ended.
 #[derive(Debug)]
@@ -44,46 +47,33 @@ pub enum RunEvent {
 }
 
 impl Engine {
-    /// Begins a command in a temporary sandbox, once there is a place for it.
+    /// Checks a command for a temporary sandbox and queues it.
     ///
     /// # Errors
-    /// Code `busy` if too many wait; whatever keeps it from starting.
-    pub async fn begin(&self, request: &RunRequest) -> Result<Run, Problem> {
-        let words = command(&request.command)?;
+    /// Code `busy` if too many wait; `usage` if the request is none.
+    pub fn prepare(&self, request: RunRequest) -> Result<Pending, Problem> {
+        let command = command(&request.command)?;
         let timeout = request.timeout.as_deref().map(|text| time("timeout", text)).transpose()?;
-        let options = self.options(&request.machine())?;
-        let place = self.admit().await?;
-        let launch = self.settle(options, words.clone()).await?;
-        let shared = launch.spec.workspace.as_ref();
-        if request.apply && shared.is_none_or(|workspace| workspace.mode != WorkspaceMode::Cow) {
-            let message = "only the changes of a copy-on-write workspace can be applied";
-            return Err(plain("usage", message, Some("leave apply out, or ask for workspace cow")));
-        }
-        let defaults = &launch.spec.defaults;
-        let entrypoint = defaults.entrypoint.iter().map(|word| word.0.clone());
-        let words: Vec<OsString> = entrypoint.chain(words).collect();
-        let mut exec = defaults.exec(&words, &[]);
-        exec.stop_signal = defaults.stop_signal;
-        exec.timeout_ms = timeout.map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
-        let warmth = if request.fast { Warmth::Warm } else { Warmth::Cold };
-        let held = self.start_new(&launch, Life::Temporary, None, warmth).await?;
-        let mut program = Program::start(held.sandbox()?, exec).await?;
-        program.send(&ExecInput::StdinEnd).await;
-        Ok(Run { engine: self.clone(), program, held, launch, apply: request.apply, _place: place })
+        let mut options = self.options(&request.machine())?;
+        let sandbox = format!("run-{}", &random_word()[..8]);
+        options.name = Some(sandbox.clone());
+        let admitted = self.admit()?;
+        let (apply, fast) = (request.apply, request.fast);
+        Ok(Pending { engine: self.clone(), admitted, command, timeout, options, sandbox, apply, fast })
     }
 
     /// Runs a command in a temporary sandbox to its end; `listener` hears what it says meanwhile. At most `limit` bytes of
     /// each stream are kept.
     ///
     /// # Errors
-    /// As [`Engine::begin`], and if the sandbox dies. A command that fails is none.
+    /// As [`Engine::prepare`] and [`Pending::start`], and if the sandbox dies. A command that fails is none.
     pub async fn run(
         &self,
         request: &RunRequest,
         limit: usize,
         listener: Listener<'_>,
     ) -> Result<RunOutput, Problem> {
-        let mut run = self.begin(request).await?;
+        let mut run = self.prepare(request.clone())?.start().await?;
         let mut said = Said::new(limit);
         let ended = loop {
             match run.step().await? {
@@ -125,6 +115,53 @@ impl Engine {
             });
         Ok(BatchOutput { results: futures::future::join_all(runs).await })
     }
+}
+
+/// A command that waits for its turn.
+#[derive(Debug)]
+pub struct Pending {
+    engine: Engine,
+    admitted: Admitted,
+    command: Vec<OsString>,
+    timeout: Option<Duration>,
+    options: Options,
+    sandbox: String,
+    apply: bool,
+    fast: bool,
+}
+
+impl Pending {
+    /// Name that the sandbox will have.
+    pub fn sandbox(&self) -> &str {
+        &self.sandbox
+    }
+
+    /// Starts it, once there is a place for it.
+    ///
+    /// # Errors
+    /// Whatever keeps it from starting.
+    pub async fn start(self) -> Result<Run, Problem> {
+        let Self { engine, admitted, command, timeout, options, apply, fast, .. } = self;
+        let place = engine.place(admitted).await?;
+        let launch = engine.settle(options, command.clone()).await?;
+        let shared = launch.spec.workspace.as_ref();
+        if apply && shared.is_none_or(|workspace| workspace.mode != WorkspaceMode::Cow) {
+            let message = "only the changes of a copy-on-write workspace can be applied";
+            return Err(plain("usage", message, Some("leave apply out, or ask for workspace cow")));
+        }
+        let defaults = &launch.spec.defaults;
+        let entrypoint = defaults.entrypoint.iter().map(|word| word.0.clone());
+        let words: Vec<OsString> = entrypoint.chain(command).collect();
+        let mut exec = defaults.exec(&words, &[]);
+        exec.stop_signal = defaults.stop_signal;
+        exec.timeout_ms = timeout.map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
+        let warmth = if fast { Warmth::Warm } else { Warmth::Cold };
+        let held = engine.start_new(&launch, Life::Temporary, None, warmth).await?;
+        let mut program = Program::start(held.sandbox()?, exec).await?;
+        program.send(&ExecInput::StdinEnd).await;
+        Ok(Run { engine, program, held, launch, apply, _place: place })
+    }
+
 }
 
 impl Run {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use agentkernel_sandbox::client::{self, Life, Sandbox, Warmth};
+use agentkernel_sandbox::client::{self, Life, Warmth};
 use agentkernel_sandbox::deadline::{self, Clocks, Deadline, rfc3339};
 use agentkernel_sandbox::inspect;
 use agentkernel_sandbox::spec::{Spec, check_name};
@@ -209,11 +209,6 @@ impl Engine {
             }
         })
         .await
-    }
-
-    /// Waits until a sandbox is gone or the other future is ready; for streams that end with it.
-    pub(crate) async fn failure(&self, sandbox: &Sandbox) -> Problem {
-        sandbox.failure().await
     }
 }
 

@@ -192,3 +192,19 @@ fn project() -> Result<PathBuf, Problem> {
         Choice::NotWanted => Err(plain("no-project", "there is no project here", None)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_skill_is_one_that_claude_code_takes() {
+        let (head, body) = SKILL.strip_prefix("---\n").and_then(|text| text.split_once("\n---\n")).unwrap();
+        let [name, description] = head.lines().collect::<Vec<_>>()[..] else { panic!("{head}") };
+        // The name is that of its directory; a value with `: ` in it would need quotes.
+        assert_eq!(name, format!("name: {NAME}"));
+        let description = description.strip_prefix("description: ").unwrap();
+        assert!(description.len() <= 1024 && !description.contains(": ") && !description.contains(" #"));
+        assert!(body.lines().count() < 500 && body.contains("`sandbox_run`"));
+    }
+}

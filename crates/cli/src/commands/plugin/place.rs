@@ -18,8 +18,10 @@ use rustix::io::Errno;
 
 use crate::ui;
 
-/// Largest file that is read, bytes.
-const LARGEST: u64 = 32 << 20;
+/// Largest file of a project that is read, bytes.
+const LARGEST_OF_PROJECT: u64 = 1 << 20;
+/// Largest of the user's own: Claude Code keeps what was typed in the same file.
+const LARGEST_OF_HOME: u64 = 32 << 20;
 
 /// Whose links there are on the way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,11 +76,15 @@ impl Place {
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
             return Err(refused("is no regular file"));
         }
+        let largest = match self.trust {
+            Trust::Project => LARGEST_OF_PROJECT,
+            Trust::Home => LARGEST_OF_HOME,
+        };
         let mut bytes = Vec::new();
-        let read = std::fs::File::from(file).take(LARGEST + 1).read_to_end(&mut bytes);
+        let read = std::fs::File::from(file).take(largest + 1).read_to_end(&mut bytes);
         read.map_err(agentkernel_sandbox::io(format!("read {}", self.shown())))?;
-        if bytes.len() as u64 > LARGEST {
-            return Err(refused(&format!("is larger than {} MiB", LARGEST >> 20)));
+        if bytes.len() as u64 > largest {
+            return Err(refused(&format!("is larger than {} MiB", largest >> 20)));
         }
         let text = String::from_utf8(bytes).map_err(|_| refused("is not UTF-8 text"))?;
         Ok(Content { text, stat: Some(stat) })
@@ -218,4 +224,52 @@ fn keep_owner(file: &OwnedFd, replaced: Option<&Stat>) -> rustix::io::Result<()>
         fchown(file, Some(Uid::from_raw(replaced.st_uid)), Some(Gid::from_raw(replaced.st_gid)))?;
     }
     fchmod(file, Mode::from_raw_mode(replaced.st_mode & 0o7777))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_another_program_wrote_meanwhile_is_not_lost() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = |path: &str, trust| Place {
+            root: directory.path().into(),
+            path: path.into(),
+            trust,
+            mode: 0o600,
+        };
+        for trust in [Trust::Project, Trust::Home] {
+            let place = place("deep/file", trust);
+            let before = place.read().unwrap();
+            assert_eq!(before.text, "");
+            place.write(&before, "one").unwrap();
+            let changed =
+                |result: Result<(), Problem>| assert_eq!(result.unwrap_err().code, "plugin-changed");
+            changed(place.write(&before, "two"));
+            let before = place.read().unwrap();
+            assert_eq!(before.text, "one");
+            std::fs::write(place.whole(), "six").unwrap();
+            changed(place.write(&before, "two"));
+            changed(place.remove(&before));
+            let entries = std::fs::read_dir(directory.path().join("deep")).unwrap();
+            assert_eq!(entries.count(), 1, "no draft is left");
+            assert_eq!(std::fs::read_to_string(place.whole()).unwrap(), "six");
+            place.remove(&place.read().unwrap()).unwrap();
+            assert!(directory.path().is_dir() && !directory.path().join("deep").exists());
+        }
+    }
+
+    #[test]
+    fn sizes_are_bounded() {
+        let directory = tempfile::tempdir().unwrap();
+        for (trust, largest) in [(Trust::Project, LARGEST_OF_PROJECT), (Trust::Home, LARGEST_OF_HOME)] {
+            let place = Place { root: directory.path().into(), path: "file".into(), trust, mode: 0o600 };
+            let file = std::fs::File::create(place.whole()).unwrap();
+            file.set_len(largest).unwrap();
+            assert_eq!(place.read().unwrap().text.len() as u64, largest);
+            file.set_len(largest + 1).unwrap();
+            assert!(place.read().is_err_and(|problem| problem.message.contains("is larger than")));
+        }
+    }
 }

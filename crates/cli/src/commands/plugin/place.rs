@@ -18,9 +18,10 @@ use rustix::io::Errno;
 
 use crate::ui;
 
-/// Largest file of a project that is read, bytes.
-const LARGEST_OF_PROJECT: u64 = 1 << 20;
-/// Largest of the user's own: Claude Code keeps what was typed in the same file.
+/// Largest file of a project that is read, bytes. The time to edit an object that is all on one line grows with the square
+/// of its keys: seconds at most for a stranger's file of this size, minutes for one of a megabyte.
+const LARGEST_OF_PROJECT: u64 = 64 << 10;
+/// Largest of the user's own, bytes: Claude Code keeps what was typed in the same file.
 const LARGEST_OF_HOME: u64 = 32 << 20;
 
 /// Whose links there are on the way.
@@ -84,7 +85,7 @@ impl Place {
         let read = std::fs::File::from(file).take(largest + 1).read_to_end(&mut bytes);
         read.map_err(agentkernel_sandbox::io(format!("read {}", self.shown())))?;
         if bytes.len() as u64 > largest {
-            return Err(refused(&format!("is larger than {} MiB", largest >> 20)));
+            return Err(refused(&format!("is larger than {} KiB", largest >> 10)));
         }
         let text = String::from_utf8(bytes).map_err(|_| refused("is not UTF-8 text"))?;
         Ok(Content { text, stat: Some(stat) })

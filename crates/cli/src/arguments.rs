@@ -57,6 +57,7 @@ pub(crate) enum Verb {
     Setup(SetupArguments),
     Doctor(DoctorArguments),
     Benchmark(Box<BenchmarkArguments>),
+    Serve(ServeArguments),
     Completions(CompletionsArguments),
 }
 
@@ -986,6 +987,67 @@ pub(crate) struct BenchmarkArguments {
     /// The command to run.
     #[arg(trailing_var_arg = true, value_name = "COMMAND", default_value = "true")]
     pub command: Vec<OsString>,
+}
+
+/// Serve programs over HTTP: the same sandboxes, for clients of the API.
+///
+/// Without an API key only this user is served, on loopback and a unix socket, and no page of the web. Ends in order with
+/// SIGTERM or SIGINT; sandboxes live on.
+#[derive(Debug, Args)]
+#[command(after_help = SERVE_EXAMPLES)]
+pub(crate) struct ServeArguments {
+    /// Address to listen on; one that others reach needs an API key.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    pub host: std::net::IpAddr,
+    /// Port to listen on; 0 takes a free one, which is printed.
+    #[arg(long, value_name = "PORT", default_value_t = 18888)]
+    pub port: u16,
+    /// Unix socket to listen on, for this user alone [default: serve.sock in the state directory].
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Listen on the unix socket only.
+    #[arg(long)]
+    pub no_tcp: bool,
+    /// Serve whoever sends this key. Others on this machine can read it here: a file keeps it better.
+    #[arg(long, value_name = "KEY")]
+    pub api_key: Vec<String>,
+    /// Serve whoever sends one of the keys in this file, a line each. Without a flag, AGENTKERNEL_API_KEY is taken, then
+    /// [api] of agentkernel.toml.
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// Commands in temporary sandboxes at once [default: four for each processor, at least 8].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub runs: Option<u16>,
+    /// Such commands that may wait; the next is answered with 429.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub queue: u16,
+    #[command(flatten)]
+    pub grants: GrantArguments,
+    /// Say nothing but errors on stderr.
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+const SERVE_EXAMPLES: &str = "\
+Examples:
+  agentkernel serve                                   # http://127.0.0.1:18888, this user only
+  curl localhost:18888/run -H content-type:application/json -d '{\"command\": [\"uname\", \"-a\"]}'
+  openssl rand -hex 32 > key && agentkernel serve --host 0.0.0.0 --api-key-file key
+  curl localhost:18888/openapi.json                   # all routes; docs/api.md shows each";
+
+/// What clients may ask for.
+#[derive(Debug, Args)]
+pub(crate) struct GrantArguments {
+    /// The most a client's sandbox may be trusted: restrictive, moderate or permissive [default: moderate].
+    #[arg(short, long, value_name = "PROFILE", value_parser = values::profile)]
+    pub profile: Option<Profile>,
+    /// Let clients mount directories of this machine, write to the project at once, take images of files, reach private
+    /// networks, open ports to others, and ask for profile permissive.
+    #[arg(long)]
+    pub allow_host_access: bool,
+    /// Configuration to use instead of the project's agentkernel.toml.
+    #[arg(short, long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
 }
 
 /// Print a completion script for a shell.

@@ -12,7 +12,7 @@ use serde_json::Value;
 /// Each crate's directory, the crates it may use, and whether it may hold unsafe code.
 const ROOMS: &[(&str, &[&str], Unsafe)] = &[
     ("build", &["image"], Unsafe::Forbidden),
-    ("cli", &["image", "protocol", "sandbox"], Unsafe::Forbidden),
+    ("cli", &["image", "protocol", "sandbox", "server"], Unsafe::Forbidden),
     // System calls without a safe wrapper, each with its reason beside it.
     ("guest", &["protocol"], Unsafe::Allowed),
     ("image", &[], Unsafe::Forbidden),
@@ -21,6 +21,7 @@ const ROOMS: &[(&str, &[&str], Unsafe)] = &[
     ("network", &[], Unsafe::Forbidden),
     ("protocol", &[], Unsafe::Forbidden),
     ("sandbox", &["build", "image", "machine", "network", "protocol"], Unsafe::Forbidden),
+    ("server", &["image", "protocol", "sandbox"], Unsafe::Forbidden),
 ];
 
 #[derive(Clone, Copy, PartialEq)]

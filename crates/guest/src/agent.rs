@@ -21,7 +21,7 @@ use crate::configure::{self, Layout};
 use crate::exec::cgroup::Frozen;
 use crate::exec::{self, Reaper};
 use crate::port::PortIo;
-use crate::{copy, fuse, layers, shutdown, tree};
+use crate::{copy, file, fuse, layers, shutdown, tree};
 
 /// How long the mounts may take that the machine is configured with.
 const MOUNT_PATIENCE: std::time::Duration = std::time::Duration::from_secs(20);
@@ -218,6 +218,18 @@ async fn answer(agent: &Agent, mut stream: Stream) -> Result<(), FrameError> {
         Request::CopyIn { path, name, user } => match agent.layout.get() {
             Some(_) => copy::receive(path.into_vec(), name.into_vec(), user, stream).await,
             None => reply_once(&mut stream, &Reply::Failed { message: NOT_CONFIGURED.into() }).await,
+        },
+        Request::FileRead { path } => match agent.layout.get() {
+            Some(_) => file::read(path.into_vec(), stream).await,
+            None => reply_once(&mut stream, &file::not_configured()).await,
+        },
+        Request::FileWrite { path, user } => match agent.layout.get() {
+            Some(_) => file::write(path.into_vec(), user, stream).await,
+            None => reply_once(&mut stream, &file::not_configured()).await,
+        },
+        Request::FileRemove { path } => match agent.layout.get() {
+            Some(_) => file::remove(path.into_vec(), stream).await,
+            None => reply_once(&mut stream, &file::not_configured()).await,
         },
         Request::LayerOut { layer } => match agent.layout.get() {
             Some(layout) => layers::send(layout.layers.clone(), layer, stream).await,

@@ -293,7 +293,7 @@ impl Target {
 }
 
 /// A name that nothing has by chance.
-fn temporary_name() -> String {
+pub(crate) fn temporary_name() -> String {
     use std::sync::atomic::{AtomicU64, Ordering};
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let mut bytes = [0; 8];

@@ -19,6 +19,7 @@ mod boot;
 mod configure;
 mod copy;
 mod exec;
+mod file;
 mod fuse;
 mod layers;
 mod network;

@@ -9,6 +9,9 @@
 //! | [`Request::LayerOut`] | nothing | [`LayerEntry`], the last one `End` or `Failed` |
 //! | [`Request::LayerIn`] | [`LayerEntry`], the last one `End` | one [`Reply`], as soon as it fails or is done |
 //! | [`Request::CopyIn`] | [`Entry`], the last one `End` | one [`Reply`], as soon as it fails or is done |
+//! | [`Request::FileRead`] | nothing | [`FileReply`], the last one `Done` or `Failed` |
+//! | [`Request::FileWrite`] | [`FileInput`], the last one `End` | one [`FileReply`], as soon as it fails or is done |
+//! | [`Request::FileRemove`] | nothing | one [`FileReply`] |
 //! | [`Request::Clock`] | nothing | one [`Reply`] |
 //! | [`Request::Quiesce`] | nothing | one [`Reply`]; the stream's end ends the quiet |
 //! | [`Request::Shutdown`] | nothing | one [`Reply`], then the machine ends |
@@ -84,6 +87,24 @@ pub enum Request {
         /// Owner of what is made, as [`Exec::user`].
         user: String,
     },
+    /// Send the content of one file, of at most [`FILE_LIMIT`] bytes.
+    FileRead {
+        /// Absolute path, looked up as the guest's programs would; a symbolic link is followed.
+        path: ByteBuf,
+    },
+    /// Write one file of at most [`FILE_LIMIT`] bytes, whole or not at all, with the directories it is in. One that is there
+    /// keeps its owner and permissions.
+    FileWrite {
+        /// As for [`Request::FileRead`].
+        path: ByteBuf,
+        /// Owner of what is made, as [`Exec::user`].
+        user: String,
+    },
+    /// Remove one file, or a symbolic link; no directory.
+    FileRemove {
+        /// As for [`Request::FileRead`], but for the last name: a symbolic link is not followed.
+        path: ByteBuf,
+    },
     /// Send a layer of the writable disk, whole.
     LayerOut {
         /// Its number.
@@ -99,6 +120,53 @@ pub enum Request {
         /// Time between SIGTERM and SIGKILL, milliseconds.
         grace_ms: u32,
     },
+}
+
+/// Largest file that is read or written in one request, bytes.
+pub const FILE_LIMIT: usize = 16 << 20;
+
+/// Content for a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileInput {
+    /// The next bytes.
+    Data(ByteBuf),
+    /// That was all.
+    End,
+}
+
+/// What the guest says about a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileReply {
+    /// The next bytes of its content.
+    Data(ByteBuf),
+    /// It is done.
+    Done,
+    /// It could not be done.
+    Failed {
+        /// Which kind.
+        kind: FileFailure,
+        /// What failed and why, lower case, no final period.
+        message: String,
+    },
+}
+
+/// Why a file cannot be read, written or removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileFailure {
+    /// There is none, or what should be a directory on the way to it is none.
+    NotFound,
+    /// It is a directory.
+    Directory,
+    /// It is a device node, a FIFO or a socket.
+    Special,
+    /// It is larger than [`FILE_LIMIT`].
+    TooLarge,
+    /// The disk is full.
+    Full,
+    /// The guest's kernel does not permit it: a read-only file system, for one.
+    Refused,
+    /// Anything else.
+    Other,
 }
 
 /// What becomes of the programs while their changes are listed.

@@ -21,6 +21,7 @@ mod exports;
 pub mod files;
 pub mod fork;
 mod fork_check;
+pub mod guest_files;
 pub mod images;
 pub mod inspect;
 pub mod launch;

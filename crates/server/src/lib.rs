@@ -12,5 +12,5 @@
 pub mod engine;
 pub mod http;
 pub mod mcp;
-mod model;
+pub mod model;
 mod problem;

@@ -30,7 +30,9 @@ pub(crate) fn status(problem: &Problem) -> StatusCode {
         | "is-a-directory"
         | "not-a-file"
         | "idempotency-key-in-use" => StatusCode::CONFLICT,
-        "not-granted" | "command-policy" | "not-local" | "no-hardware" => StatusCode::FORBIDDEN,
+        "not-granted" | "file-refused" | "command-policy" | "not-local" | "no-hardware" => {
+            StatusCode::FORBIDDEN
+        }
         "unauthorized" => StatusCode::UNAUTHORIZED,
         "upgrade" => StatusCode::UPGRADE_REQUIRED,
         "method" => StatusCode::METHOD_NOT_ALLOWED,
@@ -42,8 +44,8 @@ pub(crate) fn status(problem: &Problem) -> StatusCode {
         "usage" | "json" | "query" | "path" | "path-invalid" | "name-invalid" | "backend-unknown"
         | "vcpus" | "memory-size" | "disk-size" | "image-name" | "image" | "registry" | "configuration"
         | "mount-target" | "mount-source" | "mounts" | "network-rules" | "ports" | "share"
-        | "no-workspace" | "init-script" | "copy" | "host" | "request" => StatusCode::BAD_REQUEST,
-        "disk" => StatusCode::INSUFFICIENT_STORAGE,
+        | "no-workspace" | "init-script" | "copy" | "file" | "host" | "request" => StatusCode::BAD_REQUEST,
+        "disk" | "guest-disk-full" => StatusCode::INSUFFICIENT_STORAGE,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }

@@ -19,6 +19,7 @@ mod outcome;
 mod plugin;
 mod review;
 mod run;
+mod serve;
 mod setup;
 mod snapshot;
 mod volume;
@@ -46,6 +47,7 @@ pub(crate) fn dispatch(verb: Verb) -> ExitCode {
         Verb::Setup(arguments) => setup::setup(&arguments),
         Verb::Doctor(arguments) => doctor::doctor(&arguments),
         Verb::Benchmark(arguments) => benchmark::benchmark(&arguments),
+        Verb::Serve(arguments) => serve::serve(&arguments),
         Verb::Completions(arguments) => completions::completions(&arguments),
     };
     match outcome {

@@ -171,6 +171,9 @@ impl Clients {
             }
             Request::CopyOut { .. }
             | Request::CopyIn { .. }
+            | Request::FileRead { .. }
+            | Request::FileWrite { .. }
+            | Request::FileRemove { .. }
             | Request::LayerOut { .. }
             | Request::LayerIn { .. } => {}
             _ => {

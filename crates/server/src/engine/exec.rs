@@ -8,7 +8,8 @@ use agentkernel_sandbox::client::{Execution, ExecutionInput, ExecutionOutput, Sa
 use agentkernel_sandbox::executions::{exit_code, failure_code};
 use agentkernel_sandbox::network::{self, AuditReader};
 use agentkernel_sandbox::spec::Spec;
-use agentkernel_sandbox::{Problem, printable};
+use agentkernel_sandbox::state::Phase;
+use agentkernel_sandbox::{Problem, plain, printable};
 use serde_bytes::ByteBuf;
 use tokio::time::Instant;
 
@@ -25,7 +26,7 @@ pub(crate) type Listener<'a> = &'a mut (dyn FnMut(&[u8], bool) + Send);
 
 /// A command that runs.
 #[derive(Debug)]
-pub struct Program {
+pub(crate) struct Program {
     output: ExecutionOutput,
     /// Dropped, it kills the command with all it started.
     input: ExecutionInput,
@@ -232,7 +233,12 @@ impl Engine {
         let (engine, name) = (self.clone(), name.to_owned());
         blocking(move || {
             let (directory, spec) = engine.find(&name)?;
-            Ok((Sandbox::open(directory)?, spec))
+            let sandbox = Sandbox::open(directory)?;
+            if sandbox.directory().phase() == Phase::Paused {
+                let message = format!("{} is paused", spec.name);
+                return Err(plain("paused", message, Some("resume it first")));
+            }
+            Ok((sandbox, spec))
         })
         .await
     }
@@ -242,6 +248,7 @@ impl Engine {
 pub(super) fn exec_of(spec: &Spec, request: &ExecRequest) -> Result<Exec, Problem> {
     let words = command(&request.command)?;
     let mut exec = spec.defaults.exec(&words, &variables(&request.env)?);
+    permit(spec, &exec)?;
     if let Some(text) = &request.workdir {
         exec.directory = ByteBuf::from(directory(text)?.as_os_str().as_bytes());
     }
@@ -255,4 +262,10 @@ pub(super) fn exec_of(spec: &Spec, request: &ExecRequest) -> Result<Exec, Proble
         None => None,
     };
     Ok(exec)
+}
+
+/// The command policy: a guard rail, for a permitted shell runs what it likes.
+pub(super) fn permit(spec: &Spec, exec: &Exec) -> Result<(), Problem> {
+    let checked = spec.commands.check(&exec.arguments);
+    checked.map_err(|refusal| plain("command-policy", refusal.to_string(), None))
 }

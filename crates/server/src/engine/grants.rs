@@ -134,7 +134,8 @@ mod tests {
             HostMount { source: MountSource::Host("/srv".into()), target: "/v".into(), read_only: true };
         let [default, all] = [Grants::default(), Grants { profile: Profile::Permissive, host_access: true }];
         let restrictive = Grants { profile: Profile::Restrictive, host_access: false };
-        let cases: [(Profile, Option<&Workspace>, &[HostMount], NetworkSpec, [bool; 3]); 9] = [
+        type Case<'a> = (Profile, Option<&'a Workspace>, &'a [HostMount], NetworkSpec, [bool; 3]);
+        let cases: [Case<'_>; 9] = [
             (Profile::Moderate, Some(&cow), &[], public.clone(), [true, true, false]),
             (Profile::Moderate, Some(&rw), &[], public.clone(), [false, true, false]),
             (Profile::Permissive, Some(&cow), &[], public.clone(), [false, true, false]),

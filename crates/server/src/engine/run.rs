@@ -15,7 +15,7 @@ use agentkernel_sandbox::{Problem, io, plain};
 use serde_json::Value;
 
 use super::capture::Said;
-use super::exec::{Ended, Listener, Program, Step, outcome, refusals};
+use super::exec::{Ended, Listener, Program, Step, outcome, permit, refusals};
 use super::launching::{Held, command, time};
 use super::{Admitted, Engine, Place, blocking};
 use crate::model::{BatchOutput, BatchRequest, BatchResult, Changes, RunOutput, RunRequest};
@@ -23,7 +23,7 @@ use crate::model::{BatchOutput, BatchRequest, BatchResult, Changes, RunOutput, R
 /// Most commands of a batch.
 const BATCH: usize = 64;
 /// Bytes that are kept of each stream of a command's output.
-pub const OUTPUT: usize = 8 << 20;
+pub(crate) const OUTPUT: usize = 8 << 20;
 
 /// A command in a temporary sandbox. Dropped, all of it is ended.
 #[derive(Debug)]
@@ -154,6 +154,7 @@ impl Pending {
         let words: Vec<OsString> = entrypoint.chain(command).collect();
         let mut exec = defaults.exec(&words, &[]);
         exec.stop_signal = defaults.stop_signal;
+        permit(&launch.spec, &exec)?;
         exec.timeout_ms = timeout.map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
         let warmth = if fast { Warmth::Warm } else { Warmth::Cold };
         let held = engine.start_new(&launch, Life::Temporary, None, warmth).await?;
@@ -161,7 +162,6 @@ impl Pending {
         program.send(&ExecInput::StdinEnd).await;
         Ok(Run { engine, program, held, launch, apply, _place: place })
     }
-
 }
 
 impl Run {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use agentkernel_sandbox::client::{self, Life, Warmth};
+use agentkernel_sandbox::client::{self, Life, Sandbox, Warmth};
 use agentkernel_sandbox::deadline::{self, Clocks, Deadline, rfc3339};
 use agentkernel_sandbox::inspect;
 use agentkernel_sandbox::spec::{Spec, check_name};
@@ -171,7 +171,8 @@ impl Engine {
     /// # Errors
     /// Code `not-running`; if the machine does not obey.
     pub async fn set_paused(&self, name: &str, paused: bool) -> Result<SandboxInfo, Problem> {
-        let (sandbox, _) = self.live(name).await?;
+        let (engine, name) = (self.clone(), name.to_owned());
+        let sandbox = blocking(move || Sandbox::open(engine.find(&name)?.0)).await?;
         sandbox.set_paused(paused).await?;
         info(sandbox.directory())
     }
@@ -186,8 +187,8 @@ impl Engine {
             Some(count) => (1..=count).map(|number| format!("{}-{number}", request.new_name)).collect(),
         };
         names.iter().try_for_each(|name| check_name(name))?;
-        let (sandbox, _) = self.live(name).await?;
-        let forked = fork::fork(sandbox.directory(), &names, &self.settings().program).await?;
+        let (directory, _) = self.find(name)?;
+        let forked = fork::fork(&directory, &names, &self.settings().program).await?;
         forked.children.iter().map(info).collect()
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use agentkernel_sandbox::{Problem, plain, printable};
+use agentkernel_sandbox::{Problem, plain};
 use axum::Json;
 use axum::body::Body as HttpBody;
 use axum::extract::{FromRequest, FromRequestParts, Request};
@@ -20,6 +20,8 @@ use crate::problem::status;
 pub(super) const BODY: usize = 2 << 20;
 /// Largest body that carries files, bytes: what is allowed of them, in base64, and JSON around it.
 pub(super) const FILES_BODY: usize = 32 << 20;
+/// Longest message about a body, characters: it lists the fields that there are.
+const WORDS: usize = 1000;
 /// How long a body may take to arrive.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The same for one that carries files.
@@ -140,7 +142,12 @@ fn is_json(headers: &HeaderMap) -> bool {
 
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failed> {
     // Its words are the client's own, escaped by whoever wrote the message.
-    serde_json::from_slice(bytes).map_err(|error| plain("json", printable(&error.to_string()), None).into())
+    serde_json::from_slice(bytes).map_err(|error| plain("json", words(&error.to_string()), None).into())
+}
+
+/// Words that quote a client's, short and without what a terminal would act upon.
+pub(super) fn words(text: &str) -> String {
+    text.chars().filter(|character| !character.is_control()).take(WORDS).collect()
 }
 
 /// Parameters of a path, decoded once.
@@ -152,7 +159,7 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T>
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failed> {
         match axum::extract::Path::<T>::from_request_parts(parts, state).await {
             Ok(axum::extract::Path(value)) => Ok(Self(value)),
-            Err(error) => Err(plain("path", printable(&error.body_text()), None).into()),
+            Err(error) => Err(plain("path", words(&error.body_text()), None).into()),
         }
     }
 }
@@ -166,7 +173,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failed> {
         match axum::extract::Query::<T>::from_request_parts(parts, state).await {
             Ok(axum::extract::Query(value)) => Ok(Self(value)),
-            Err(error) => Err(plain("query", printable(&error.body_text()), None).into()),
+            Err(error) => Err(plain("query", words(&error.body_text()), None).into()),
         }
     }
 }

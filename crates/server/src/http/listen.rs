@@ -61,7 +61,7 @@ pub async fn listen(engine: Engine, keys: Keys, places: &[Place]) -> Result<List
     for place in places {
         match place {
             Place::Tcp(address) => {
-                if listening.keys.is_empty() && !address.ip().is_loopback() {
+                if (listening.keys.is_empty() || listening.keys.local) && !address.ip().is_loopback() {
                     let message = format!("{address} can be reached by others, and there is no API key");
                     return Err(plain("usage", message, Some("give one: --api-key-file FILE")));
                 }
@@ -82,10 +82,12 @@ async fn bind(path: &Path) -> Result<UnixListener, Problem> {
     let what = || format!("listen on {}", path.display());
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     let directory = directory.unwrap_or(Path::new("."));
-    let name = path.file_name().ok_or_else(|| plain("listen", format!("cannot {}: no name", what()), None))?;
+    let name =
+        path.file_name().ok_or_else(|| plain("listen", format!("cannot {}: no name", what()), None))?;
     // A socket's address holds 107 bytes at most, a path may be longer.
     let opened = std::fs::File::open(directory).map_err(io(what()))?;
-    let short = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&opened))).join(name);
+    let short =
+        PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&opened))).join(name);
     if let Ok(metadata) = std::fs::symlink_metadata(path) {
         if !metadata.file_type().is_socket() {
             return Err(plain("listen", format!("{} is there and is no socket", path.display()), None));
@@ -125,7 +127,7 @@ impl Listening {
         let mut accepting = tokio::task::JoinSet::new();
         let mut paths = Vec::new();
         for listener in tcp {
-            accepting.spawn(accept_tcp(listener, connections.clone(), keys.is_empty()));
+            accepting.spawn(accept_tcp(listener, connections.clone(), keys.is_empty() || keys.local));
         }
         for (listener, path) in unix {
             accepting.spawn(accept_unix(listener, connections.clone()));
@@ -159,7 +161,7 @@ struct Connections {
     abort: CancellationToken,
 }
 
-async fn accept_tcp(listener: TcpListener, connections: Connections, keyless: bool) {
+async fn accept_tcp(listener: TcpListener, connections: Connections, local: bool) {
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -167,7 +169,7 @@ async fn accept_tcp(listener: TcpListener, connections: Connections, keyless: bo
         };
         match accepted {
             Ok((stream, client)) => {
-                let way = Way::Tcp { own: keyless && owner(&stream, client) };
+                let way = Way::Tcp { own: local && owner(&stream, client) };
                 let _ = stream.set_nodelay(true);
                 connections.serve(stream, way);
             }

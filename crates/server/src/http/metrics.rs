@@ -75,9 +75,17 @@ impl Metrics {
             metrics.durations.clone(),
         );
         registry.register("http_requests_in_flight", "Requests without an answer", metrics.in_flight.clone());
-        registry.register("http_refused", "Requests without the right to be answered", metrics.refused.clone());
+        registry.register(
+            "http_refused",
+            "Requests without the right to be answered",
+            metrics.refused.clone(),
+        );
         registry.register("sandboxes", "Sandboxes", metrics.sandboxes.clone());
-        registry.register("runs", "Commands in temporary sandboxes, running or waiting", metrics.runs.clone());
+        registry.register(
+            "runs",
+            "Commands in temporary sandboxes, running or waiting",
+            metrics.runs.clone(),
+        );
         registry.register("uptime_seconds", "Time since the start", metrics.uptime.clone());
         Self { registry, ..metrics }
     }

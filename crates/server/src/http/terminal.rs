@@ -13,10 +13,10 @@ use std::time::Duration;
 
 use agentkernel_protocol::frame::CHUNK;
 use agentkernel_protocol::message::{ExecInput, STDIN_WINDOW, WindowSize};
-use agentkernel_sandbox::{Problem, plain, printable};
+use agentkernel_sandbox::{Problem, plain};
+use axum::extract::State;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
-use axum::extract::State;
 use axum::response::Response;
 use futures::stream::{SplitSink, SplitStream};
 use futures::{SinkExt, StreamExt};
@@ -27,7 +27,7 @@ use tokio::sync::{Semaphore, mpsc};
 use utoipa::ToSchema;
 
 use super::App;
-use super::answer::{Failed, Path};
+use super::answer::{Failed, Path, words};
 use crate::engine::{Interaction, Step};
 use crate::model::ExecRequest;
 use crate::problem::shown;
@@ -95,7 +95,7 @@ pub(super) async fn terminal(
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, Failed> {
     let upgrade = upgrade.map_err(|error| {
-        let message = format!("this route is a WebSocket's: {}", printable(&error.body_text()));
+        let message = format!("this route is a WebSocket's: {}", words(&error.body_text()));
         Failed(plain("upgrade", message, None))
     })?;
     // What is wrong is said as HTTP as long as that is spoken.
@@ -132,8 +132,8 @@ async fn converse(
         Ok(Some(Err(_)) | None) => return Ok(None),
         Err(_) => return Err(plain("slow", "the first message did not come", None)),
     };
-    let request: TerminalRequest = serde_json::from_str(&text)
-        .map_err(|error| plain("json", printable(&error.to_string()), None))?;
+    let request: TerminalRequest =
+        serde_json::from_str(&text).map_err(|error| plain("json", words(&error.to_string()), None))?;
     let size =
         WindowSize { rows: request.rows.unwrap_or(24).max(1), columns: request.cols.unwrap_or(80).max(1) };
     let command = match request.command {
@@ -205,7 +205,10 @@ async fn converse(
 }
 
 /// Takes what the client sends until it is gone.
-async fn take(receiver: &mut SplitStream<WebSocket>, inputs: &mpsc::Sender<ExecInput>) -> Result<(), Problem> {
+async fn take(
+    receiver: &mut SplitStream<WebSocket>,
+    inputs: &mpsc::Sender<ExecInput>,
+) -> Result<(), Problem> {
     while let Some(Ok(message)) = receiver.next().await {
         let messages: Vec<ExecInput> = match message {
             Message::Binary(bytes) => {
@@ -213,7 +216,7 @@ async fn take(receiver: &mut SplitStream<WebSocket>, inputs: &mpsc::Sender<ExecI
             }
             Message::Text(text) => {
                 let control = serde_json::from_str(&text)
-                    .map_err(|error| plain("json", printable(&error.to_string()), None))?;
+                    .map_err(|error| plain("json", words(&error.to_string()), None))?;
                 vec![match control {
                     Control::Resize { rows, cols } => {
                         ExecInput::Resize(WindowSize { rows: rows.max(1), columns: cols.max(1) })

@@ -24,10 +24,7 @@ pub(crate) async fn detach(
 /// List a sandbox's detached commands.
 #[utoipa::path(get, path = "/sandboxes/{name}/exec/detached", tag = "exec", params(("name" = String, Path)),
     responses((status = 200, description = "All, oldest first.", body = Envelope<Vec<DetachedCommand>>)))]
-pub(crate) async fn list(
-    State(app): State<App>,
-    Path(name): Path<String>,
-) -> Answer<Vec<DetachedCommand>> {
+pub(crate) async fn list(State(app): State<App>, Path(name): Path<String>) -> Answer<Vec<DetachedCommand>> {
     ok(app.engine.detached(&name).await?)
 }
 
@@ -81,10 +78,7 @@ pub(crate) async fn logs(
 #[utoipa::path(delete, path = "/sandboxes/{name}/exec/detached/{id}", tag = "exec",
     params(("name" = String, Path), ("id" = String, Path)),
     responses((status = 200, description = "It does not run.", body = Envelope<String>)))]
-pub(crate) async fn kill(
-    State(app): State<App>,
-    Path((name, id)): Path<(String, String)>,
-) -> Answer<String> {
+pub(crate) async fn kill(State(app): State<App>, Path((name, id)): Path<(String, String)>) -> Answer<String> {
     let command = app.engine.detached_kill(&name, &id).await?;
     ok(format!("{} does not run", command.id))
 }

@@ -4,6 +4,7 @@
 
 mod detached;
 mod exec;
+mod files;
 mod host;
 mod record;
 mod review;
@@ -59,6 +60,8 @@ pub(super) fn other() -> OpenApiRouter<App> {
         .routes(routes!(record::logs))
         .routes(routes!(record::audit))
         .routes(routes!(record::events))
+        .routes(routes!(files::read, files::write, files::remove))
+        .routes(routes!(files::write_many))
         .routes(routes!(review::diff))
         .routes(routes!(review::apply))
         .routes(routes!(review::last_diff))

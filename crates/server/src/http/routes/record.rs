@@ -38,10 +38,7 @@ pub(crate) struct AuditQuery {
 /// What happened in all sandboxes that there are, without their consoles, oldest first.
 #[utoipa::path(get, path = "/audit", tag = "record", params(AuditQuery),
     responses((status = 200, description = "The newest entries.", body = Envelope<Vec<LogEntry>>)))]
-pub(crate) async fn audit(
-    State(app): State<App>,
-    Query(query): Query<AuditQuery>,
-) -> Answer<Vec<LogEntry>> {
+pub(crate) async fn audit(State(app): State<App>, Query(query): Query<AuditQuery>) -> Answer<Vec<LogEntry>> {
     let mut entries = app.engine.record(None).await?;
     entries.retain(|entry| entry.event != "console");
     let limit = query.limit.unwrap_or(ENTRIES).min(MOST);

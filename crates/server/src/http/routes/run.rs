@@ -33,10 +33,7 @@ pub(crate) async fn run(State(app): State<App>, Body(request): Body<RunRequest>)
 /// Run commands at once, each in a temporary sandbox of its own.
 #[utoipa::path(post, path = "/batch/run", tag = "run", request_body = BatchRequest,
     responses((status = 200, description = "All have ended.", body = Envelope<BatchOutput>)))]
-pub(crate) async fn batch(
-    State(app): State<App>,
-    Body(request): Body<BatchRequest>,
-) -> Answer<BatchOutput> {
+pub(crate) async fn batch(State(app): State<App>, Body(request): Body<BatchRequest>) -> Answer<BatchOutput> {
     ok(app.engine.batch(request).await?)
 }
 
@@ -110,7 +107,8 @@ async fn follow(app: App, pending: Pending, events: mpsc::Sender<Event>) {
         () = app.ending.cancelled() => Err(agentkernel_sandbox::plain("ending", "the server is ending", None)),
     };
     if let Err(problem) = failed {
-        let data = json!({ "message": shown(&app.engine, &problem), "code": problem.code, "hint": problem.hint });
+        let data =
+            json!({ "message": shown(&app.engine, &problem), "code": problem.code, "hint": problem.hint });
         tell("error", data).await;
     }
 }

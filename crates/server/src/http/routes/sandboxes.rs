@@ -22,10 +22,7 @@ pub(crate) async fn list(State(app): State<App>) -> Answer<Vec<SandboxInfo>> {
 /// It lives until it is removed or its time is up, and keeps its writable layer over stop and start.
 #[utoipa::path(post, path = "/sandboxes", tag = "sandboxes", request_body = CreateRequest,
     responses((status = 201, description = "It runs.", body = Envelope<SandboxInfo>)))]
-pub(crate) async fn create(
-    State(app): State<App>,
-    Body(request): Body<CreateRequest>,
-) -> Made<SandboxInfo> {
+pub(crate) async fn create(State(app): State<App>, Body(request): Body<CreateRequest>) -> Made<SandboxInfo> {
     made(app.engine.create(&request).await?)
 }
 

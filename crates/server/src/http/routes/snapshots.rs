@@ -16,10 +16,7 @@ pub(crate) async fn list(State(app): State<App>) -> Answer<Vec<SnapshotInfo>> {
 /// Take a snapshot: memory, processes and disk of a sandbox that runs, the disk of one that is stopped.
 #[utoipa::path(post, path = "/snapshots", tag = "snapshots", request_body = SnapshotRequest,
     responses((status = 201, description = "It is taken.", body = Envelope<SnapshotInfo>)))]
-pub(crate) async fn take(
-    State(app): State<App>,
-    Body(request): Body<SnapshotRequest>,
-) -> Made<SnapshotInfo> {
+pub(crate) async fn take(State(app): State<App>, Body(request): Body<SnapshotRequest>) -> Made<SnapshotInfo> {
     made(app.engine.take_snapshot(&request).await?)
 }
 

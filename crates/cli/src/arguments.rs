@@ -52,6 +52,8 @@ pub(crate) enum Verb {
     #[command(subcommand)]
     Volume(VolumeVerb),
     Init(InitArguments),
+    #[command(subcommand)]
+    Plugin(PluginVerb),
     Setup(SetupArguments),
     Doctor(DoctorArguments),
     Benchmark(Box<BenchmarkArguments>),
@@ -847,6 +849,60 @@ pub(crate) struct InitArguments {
     #[arg(long)]
     pub force: bool,
 }
+
+/// Make coding agents use sandboxes: enter `agentkernel mcp` into their configurations.
+///
+/// In the current project, or with --global in your own settings. What else stands in them stays as it is.
+#[derive(Debug, Subcommand)]
+#[command(after_help = PLUGIN_EXAMPLES)]
+pub(crate) enum PluginVerb {
+    /// Enter the MCP server, and for Claude Code a skill that says when and how to use it.
+    Install(PluginArguments),
+    /// List what is installed, here and in your own settings.
+    #[command(visible_alias = "ls")]
+    List {
+        /// Print as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Take away what install has added, and nothing else.
+    #[command(visible_alias = "rm")]
+    Remove(PluginArguments),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PluginArguments {
+    /// For whom.
+    pub plugin: Plugin,
+    /// In your own settings, for all projects.
+    #[arg(long)]
+    pub global: bool,
+    /// Also replace, or remove, what differs from what install writes.
+    #[arg(long)]
+    pub force: bool,
+    /// Print as a unified diff what would change, write nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print what became of each file as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Plugin {
+    /// Claude Code: the server in .mcp.json (~/.claude.json) and a skill in .claude/skills.
+    Claude,
+    /// Every client that reads a project's .mcp.json; with --global Claude Code, Codex, Gemini CLI and Cursor, those of
+    /// them that are set up here.
+    Mcp,
+}
+
+const PLUGIN_EXAMPLES: &str = "\
+Examples:
+  agentkernel plugin install claude              # in this project
+  agentkernel plugin install mcp --global        # for every agent set up here
+  agentkernel plugin install claude --dry-run    # what would be written
+  agentkernel plugin remove claude";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum WorkspaceMode {

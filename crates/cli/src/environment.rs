@@ -73,6 +73,17 @@ pub(crate) fn program() -> Result<PathBuf, Problem> {
         .map_err(|error| plain("program", format!("the path of this program cannot be told: {error}"), None))
 }
 
+/// A directory that a variable names, if it does.
+pub(crate) fn directory(variable: &str) -> Option<PathBuf> {
+    env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute())
+}
+
+/// The first program of this name on the `PATH`; whether it can be executed is not asked.
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).map(|directory| directory.join(program)).find(|path| path.is_file())
+}
+
 struct PasswdEntry {
     name: String,
     home: PathBuf,

@@ -17,6 +17,7 @@ mod launch;
 mod lifecycle;
 mod mcp;
 mod outcome;
+mod plugin;
 mod review;
 mod run;
 mod serve;
@@ -43,6 +44,7 @@ pub(crate) fn dispatch(verb: Verb) -> ExitCode {
         Verb::Images(verb) => images::images(&verb),
         Verb::Volume(verb) => volume::volume(&verb),
         Verb::Init(arguments) => init::init(&arguments),
+        Verb::Plugin(verb) => plugin::plugin(&verb),
         Verb::Setup(arguments) => setup::setup(&arguments),
         Verb::Doctor(arguments) => doctor::doctor(&arguments),
         Verb::Benchmark(arguments) => benchmark::benchmark(&arguments),

@@ -16,6 +16,7 @@ mod isolation;
 mod living;
 mod living_faults;
 mod network;
+mod plugin;
 mod ports;
 mod running;
 mod snapshots;

@@ -4,6 +4,7 @@
 mod parameters;
 mod service;
 mod tools;
+mod words;
 
 pub use self::service::serve_stdio;
 pub(crate) use self::service::service;

@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use agentkernel_sandbox::Problem;
+use rmcp::handler::server::common::schema_for_output;
 use rmcp::handler::server::wrapper::Parameters;
-use rmcp::model::ProgressNotificationParam;
+use rmcp::model::{CallToolResult, ContentBlock, ProgressNotificationParam};
 use rmcp::service::RequestContext;
 use rmcp::{Json, RoleServer, tool, tool_router};
+use serde::Serialize;
 use tokio::sync::watch;
 
 use super::parameters::{
@@ -14,6 +16,7 @@ use super::parameters::{
     Named, Nothing, Restore, Sandboxes, SnapshotName, Snapshots, Stop, StreamName,
 };
 use super::service::Service;
+use super::words;
 use crate::engine::{Engine, Stream};
 use crate::model::{
     Applied, CreateRequest, DetachedCommand, Diff, FileContent, RunOutput, RunRequest, SandboxInfo,
@@ -33,7 +36,16 @@ const PROGRESS: Duration = Duration::from_millis(250);
 const LINE: usize = 200;
 
 type Context = RequestContext<RoleServer>;
+/// Structured content, and the same as text.
 type Answer<T> = Result<Json<T>, String>;
+/// Structured content, and words.
+type Told = Result<CallToolResult, String>;
+
+fn readable<T: Serialize>(data: &T, text: String) -> CallToolResult {
+    let mut result = CallToolResult::structured(serde_json::to_value(data).unwrap_or_default());
+    result.content = vec![ContentBlock::text(text)];
+    result
+}
 
 #[tool_router(vis = "pub(super)")]
 impl Service {
@@ -41,12 +53,13 @@ impl Service {
     /// changes is kept apart until sandbox_apply (without a name), see it with sandbox_diff. Use it for anything you would
     /// not trust on the host. A command that fails is an answer with its exit code; long output is cut in its middle.
     #[tool(
-        name = "sandbox_run",
+        name = "sandbox_run", output_schema = schema_for_output::<RunOutput>(),
         annotations(title = "Run in a temporary sandbox", destructive_hint = false, open_world_hint = true)
     )]
-    async fn run(&self, Parameters(request): Parameters<RunRequest>, context: Context) -> Answer<RunOutput> {
+    async fn run(&self, Parameters(request): Parameters<RunRequest>, context: Context) -> Told {
         let (line, mut said) = listener();
-        self.followed(context, line, self.engine.run(&request, OUTPUT, &mut said)).await
+        let output = self.followed(context, line, self.engine.run(&request, OUTPUT, &mut said)).await?;
+        Ok(readable(&output.0, words::of_run(&output.0)))
     }
 
     /// Make a sandbox that lives until it is removed: for several commands that build on each other, servers, experiments.
@@ -66,13 +79,15 @@ impl Service {
     /// Run a command in a sandbox and wait for its end. Give a timeout for what may hang, or use sandbox_exec_detach for what
     /// runs on.
     #[tool(
-        name = "sandbox_exec",
+        name = "sandbox_exec", output_schema = schema_for_output::<RunOutput>(),
         annotations(title = "Run in a sandbox", destructive_hint = false, open_world_hint = true)
     )]
-    async fn exec(&self, Parameters(request): Parameters<Exec>, context: Context) -> Answer<RunOutput> {
+    async fn exec(&self, Parameters(request): Parameters<Exec>, context: Context) -> Told {
         let (name, request) = request.split();
         let (line, mut said) = listener();
-        self.followed(context, line, self.engine.exec(&name, &request, OUTPUT, &mut said)).await
+        let output =
+            self.followed(context, line, self.engine.exec(&name, &request, OUTPUT, &mut said)).await?;
+        Ok(readable(&output.0, words::of_run(&output.0)))
     }
 
     /// List the sandboxes that there are.
@@ -268,11 +283,13 @@ impl Service {
     /// Show what a sandbox changed in the project, or the last sandbox_run if no name is given: a unified diff, and what
     /// would conflict or be held back. Look at it before sandbox_apply.
     #[tool(
-        name = "sandbox_diff",
+        name = "sandbox_diff", output_schema = schema_for_output::<Diff>(),
         annotations(title = "Review changes", read_only_hint = true, open_world_hint = false)
     )]
-    async fn diff(&self, Parameters(changes): Parameters<Changes>, context: Context) -> Answer<Diff> {
-        self.call(context, self.engine.diff(changes.name.as_deref(), &changes.paths, DIFF)).await
+    async fn diff(&self, Parameters(changes): Parameters<Changes>, context: Context) -> Told {
+        let diff =
+            self.call(context, self.engine.diff(changes.name.as_deref(), &changes.paths, DIFF)).await?;
+        Ok(readable(&diff.0, words::of_diff(&diff.0)))
     }
 
     /// Write a sandbox's changes to the project on the host, or the last sandbox_run's if no name is given. What conflicts

@@ -39,6 +39,7 @@ from random import Random
 from typing import NamedTuple
 
 import network
+import server
 import warm
 from docker import BUSYBOX, LIMIT, ROOT, Docker, adopt_orphans, fail, run, target_directory, why_no_bridge
 from measure import MIB, PYTHON, say, smaps, summary, timed
@@ -630,6 +631,7 @@ SECTIONS = {
         section_demo,
         section_build,
         network.section_network,
+        server.section_server,
     )
 }
 # Those that measure Docker, or Podman, too.
@@ -740,6 +742,7 @@ def table(result):
         for text, name in (("", "download"), (", QEMU's user network", "download_plain"), (", Docker", "download_docker")):
             yield f"{f'200 MiB{text}':32}{spread(raw[name], 'MiB/s')}"
     yield from network.rows(raw)
+    yield from server.rows(raw)
     if "machine_rss_bytes" in raw:
         yield f"{'memory: machine, resident':32}{mib(statistics.median(raw['machine_rss_bytes']))}"
         yield f"{'memory: supervisor':32}{mib(statistics.median(raw['supervisor_rss_bytes']))}"

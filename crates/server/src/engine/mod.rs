@@ -21,8 +21,8 @@ mod sandboxes;
 mod snapshots;
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use agentkernel_image::registry::RegistryOptions;
@@ -45,6 +45,8 @@ use crate::model::LogEntry;
 
 /// How often the engine sees to what others leave: processes that ended.
 const CHORES: Duration = Duration::from_secs(2);
+/// After so many of these times the state directory is swept.
+const SWEEP: u64 = 15;
 
 /// How long what was begun may take to end once nobody waits for it.
 const FAREWELL: Duration = Duration::from_secs(10);
@@ -121,13 +123,7 @@ impl Engine {
             review: Mutex::default(),
             events,
         });
-        let weak = Arc::downgrade(&shared);
-        tokio::spawn(async move {
-            while weak.strong_count() > 0 {
-                tokio::time::sleep(CHORES).await;
-                client::reap();
-            }
-        });
+        tokio::spawn(chores(Arc::downgrade(&shared)));
         tokio::spawn(events::watch(Arc::downgrade(&shared)));
         Self { shared }
     }
@@ -220,6 +216,20 @@ impl Engine {
         let spec = Spec::load(directory.path())?;
         self.grants().check_spec(&spec)?;
         Ok((directory, spec))
+    }
+}
+
+/// Sees to what is left: processes that ended, and now and then what dead processes left in the state directory.
+async fn chores(shared: Weak<Shared>) {
+    for turn in 1u64.. {
+        tokio::time::sleep(CHORES).await;
+        let Some(shared) = shared.upgrade() else { return };
+        client::reap();
+        if turn.is_multiple_of(SWEEP) {
+            let home = shared.settings.home.clone();
+            // What goes wrong is tried again.
+            let _ = tokio::task::spawn_blocking(move || home.sweep()).await;
+        }
     }
 }
 

@@ -84,7 +84,10 @@ impl<T: DeserializeOwned + Default, S: Sync> FromRequest<S> for Optional<T> {
             return Ok(Self(T::default()));
         }
         let bytes = read(request, BODY, PATIENCE).await?;
-        if bytes.is_empty() { Ok(Self(T::default())) } else { parse(&bytes).map(Self) }
+        if bytes.is_empty() {
+            return Ok(Self(T::default()));
+        }
+        parse::<Option<T>>(&bytes).map(|given| Self(given.unwrap_or_default()))
     }
 }
 

@@ -52,6 +52,9 @@ pub(super) fn complete(mut document: OpenApi, creating: OpenApi) -> String {
         SecurityRequirement::new("key", Vec::<String>::new()),
     ]);
     document.paths.paths.values_mut().flat_map(operations).for_each(may_fail);
+    // The router's sign for what may have slashes is none of the document's.
+    let paths = std::mem::take(&mut document.paths.paths);
+    document.paths.paths = paths.into_iter().map(|(path, item)| (path.replace("{*", "{"), item)).collect();
     serde_json::to_string_pretty(&document).unwrap_or_default()
 }
 

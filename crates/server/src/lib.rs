@@ -8,8 +8,11 @@
 //! Clients are hostile: what they ask for is checked against what whoever started the server grants, they are told no
 //! path of the host, and all that they send and are sent is bounded. The library never reads the environment.
 #![forbid(unsafe_code)]
+#![allow(unexpected_cfgs, reason = "cargo-fuzz sets cfg(fuzzing)")]
 
 pub mod engine;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod http;
 pub mod mcp;
 pub mod model;

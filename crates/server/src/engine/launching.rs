@@ -35,7 +35,7 @@ const WORD: usize = 128 << 10;
 
 impl Engine {
     /// What a client asks for, as the engine takes it.
-    pub(super) fn options(&self, machine: &MachineOptions<'_>) -> Result<Options, Problem> {
+    pub(crate) fn options(&self, machine: &MachineOptions<'_>) -> Result<Options, Problem> {
         if let Some(other) = machine.backend.filter(|name| !matches!(*name, "qemu" | "automatic")) {
             let message = format!("there is no backend {}", agentkernel_sandbox::printable(other));
             return Err(plain("backend-unknown", message, Some("qemu, or automatic")));

@@ -50,7 +50,7 @@ impl Keys {
 
 /// By which way a request came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Way {
+pub(crate) enum Way {
     /// A unix socket of the user's own.
     Unix,
     /// TCP; whether the other end is a process of the user's, or root's, on this machine.
@@ -61,7 +61,7 @@ pub(super) enum Way {
 ///
 /// # Errors
 /// Code `unauthorized`, `not-local`.
-pub(super) fn check(keys: &Keys, way: Way, uri: &Uri, headers: &HeaderMap) -> Result<(), Problem> {
+pub(crate) fn check(keys: &Keys, way: Way, uri: &Uri, headers: &HeaderMap) -> Result<(), Problem> {
     if !keys.is_empty() {
         let given = key(headers);
         if !given.is_some_and(|given| given.len() <= ApiKey::LONGEST && keys.know(given)) {

@@ -24,6 +24,8 @@ use axum::middleware::from_fn_with_state;
 use tokio_util::sync::CancellationToken;
 
 pub use self::access::Keys;
+#[cfg(fuzzing)]
+pub(crate) use self::access::{Way, check};
 pub use self::listen::{Listening, Place, listen};
 use self::metrics::Metrics;
 use crate::engine::Engine;

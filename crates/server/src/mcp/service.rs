@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::engine::Engine;
 
 /// Longest message of a peer's over stdio, and largest body over HTTP, bytes: files are sent in them.
-const MESSAGE: usize = 32 << 20;
+pub(super) const MESSAGE: usize = 32 << 20;
 /// Sessions over HTTP at once.
 const SESSIONS: usize = 256;
 /// How long a session over HTTP may be idle.
@@ -63,7 +63,7 @@ pub async fn serve_stdio(engine: Engine) -> Result<(), Problem> {
     serve(engine, reader, writer).await
 }
 
-async fn serve<R, W>(engine: Engine, reader: R, writer: W) -> Result<(), Problem>
+pub(super) async fn serve<R, W>(engine: Engine, reader: R, writer: W) -> Result<(), Problem>
 where
     R: tokio::io::AsyncRead + Send + Unpin + 'static,
     W: tokio::io::AsyncWrite + Send + Unpin + 'static,

@@ -21,7 +21,7 @@ pub(crate) fn program() -> PathBuf {
 }
 
 /// Where tests may write: the build's own directory, or one made for this user.
-fn scratch() -> PathBuf {
+pub(crate) fn scratch() -> PathBuf {
     std::env::var_os("AGENTKERNEL_TEST_SCRATCH")
         .map_or_else(|| env!("CARGO_TARGET_TMPDIR").into(), PathBuf::from)
 }

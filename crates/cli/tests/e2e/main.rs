@@ -7,6 +7,7 @@
 mod add;
 mod bad_input;
 mod build;
+mod clients;
 mod executions;
 mod faults;
 mod forks;

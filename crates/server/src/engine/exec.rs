@@ -13,9 +13,9 @@ use agentkernel_sandbox::{Problem, plain, printable};
 use serde_bytes::ByteBuf;
 use tokio::time::Instant;
 
+use super::Engine;
 use super::capture::Said;
 use super::launching::{command, directory, time, user, variables};
-use super::{Engine, blocking};
 use crate::model::{ExecRequest, Refusal, RunOutput};
 
 /// How much later than the guest the host ends a command whose time is up.
@@ -230,17 +230,14 @@ impl Engine {
 
     /// A sandbox that runs, if clients may use what it may do.
     pub(super) async fn live(&self, name: &str) -> Result<(Sandbox, Spec), Problem> {
-        let (engine, name) = (self.clone(), name.to_owned());
-        blocking(move || {
-            let (directory, spec) = engine.find(&name)?;
-            let sandbox = Sandbox::open(directory)?;
-            if sandbox.directory().phase() == Phase::Paused {
-                let message = format!("{} is paused", spec.name);
-                return Err(plain("paused", message, Some("resume it first")));
-            }
-            Ok((sandbox, spec))
-        })
-        .await
+        // Some small files are read, in less time than another thread would take to begin.
+        let (directory, spec) = self.find(name)?;
+        let sandbox = Sandbox::open(directory)?;
+        if sandbox.directory().live().is_some_and(|live| live.phase == Phase::Paused) {
+            let message = format!("{} is paused", spec.name);
+            return Err(plain("paused", message, Some("resume it first")));
+        }
+        Ok((sandbox, spec))
     }
 }
 

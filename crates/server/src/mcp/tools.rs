@@ -36,7 +36,7 @@ const PROGRESS: Duration = Duration::from_millis(250);
 const LINE: usize = 200;
 
 type Context = RequestContext<RoleServer>;
-/// Structured content, and the same as text.
+/// Structured content, and the same as text. Tools write it out, for their schemas are made of how it is written.
 type Answer<T> = Result<Json<T>, String>;
 /// Structured content, and words.
 type Told = Result<CallToolResult, String>;
@@ -72,7 +72,7 @@ impl Service {
         &self,
         Parameters(request): Parameters<CreateRequest>,
         context: Context,
-    ) -> Answer<SandboxInfo> {
+    ) -> Result<Json<SandboxInfo>, String> {
         self.followed(context, listener().0, self.engine.create(&request)).await
     }
 
@@ -95,7 +95,11 @@ impl Service {
         name = "sandbox_list",
         annotations(title = "List sandboxes", read_only_hint = true, open_world_hint = false)
     )]
-    async fn list(&self, Parameters(Nothing {}): Parameters<Nothing>, context: Context) -> Answer<Sandboxes> {
+    async fn list(
+        &self,
+        Parameters(Nothing {}): Parameters<Nothing>,
+        context: Context,
+    ) -> Result<Json<Sandboxes>, String> {
         self.call(context, async { Ok(Sandboxes { sandboxes: self.engine.list().await? }) }).await
     }
 
@@ -109,7 +113,11 @@ impl Service {
             open_world_hint = false
         )
     )]
-    async fn remove(&self, Parameters(Named { name }): Parameters<Named>, context: Context) -> Answer<Done> {
+    async fn remove(
+        &self,
+        Parameters(Named { name }): Parameters<Named>,
+        context: Context,
+    ) -> Result<Json<Done>, String> {
         self.call(context, async {
             self.engine.remove(&name).await?;
             Ok(Done { done: format!("{name} is removed") })
@@ -131,7 +139,7 @@ impl Service {
         &self,
         Parameters(Named { name }): Parameters<Named>,
         context: Context,
-    ) -> Answer<SandboxInfo> {
+    ) -> Result<Json<SandboxInfo>, String> {
         self.followed(context, listener().0, self.engine.start(&name)).await
     }
 
@@ -145,7 +153,11 @@ impl Service {
             open_world_hint = false
         )
     )]
-    async fn stop(&self, Parameters(request): Parameters<Stop>, context: Context) -> Answer<SandboxInfo> {
+    async fn stop(
+        &self,
+        Parameters(request): Parameters<Stop>,
+        context: Context,
+    ) -> Result<Json<SandboxInfo>, String> {
         let (name, request) = request.split();
         self.call(context, self.engine.stop(&name, &request)).await
     }
@@ -160,7 +172,7 @@ impl Service {
         &self,
         Parameters(file): Parameters<FilePath>,
         context: Context,
-    ) -> Answer<FileContent> {
+    ) -> Result<Json<FileContent>, String> {
         self.call(context, self.engine.read_file(&file.name, &file.path, FILE)).await
     }
 
@@ -175,7 +187,11 @@ impl Service {
             open_world_hint = false
         )
     )]
-    async fn file_write(&self, Parameters(file): Parameters<FileWrite>, context: Context) -> Answer<Done> {
+    async fn file_write(
+        &self,
+        Parameters(file): Parameters<FileWrite>,
+        context: Context,
+    ) -> Result<Json<Done>, String> {
         let FileWrite { name, path, content, encoding } = file;
         self.call(context, async {
             let request = WriteRequest { content, encoding };
@@ -199,7 +215,7 @@ impl Service {
         &self,
         Parameters(files): Parameters<FilesWrite>,
         context: Context,
-    ) -> Answer<Written> {
+    ) -> Result<Json<Written>, String> {
         let FilesWrite { name, files } = files;
         self.call(context, self.engine.write_files(&name, WriteManyRequest { files })).await
     }
@@ -214,7 +230,7 @@ impl Service {
         &self,
         Parameters(request): Parameters<Exec>,
         context: Context,
-    ) -> Answer<DetachedCommand> {
+    ) -> Result<Json<DetachedCommand>, String> {
         let (name, request) = request.split();
         self.call(context, self.engine.detach(&name, &request)).await
     }
@@ -228,7 +244,7 @@ impl Service {
         &self,
         Parameters(Detached { name, id }): Parameters<Detached>,
         context: Context,
-    ) -> Answer<DetachedCommand> {
+    ) -> Result<Json<DetachedCommand>, String> {
         self.call(context, self.engine.detached_status(&name, &id)).await
     }
 
@@ -241,7 +257,7 @@ impl Service {
         &self,
         Parameters(logs): Parameters<DetachedLogs>,
         context: Context,
-    ) -> Answer<crate::model::DetachedLogs> {
+    ) -> Result<Json<crate::model::DetachedLogs>, String> {
         let stream = logs.stream.map(|name| match name {
             StreamName::Stdout => Stream::Stdout,
             StreamName::Stderr => Stream::Stderr,
@@ -263,7 +279,7 @@ impl Service {
         &self,
         Parameters(Detached { name, id }): Parameters<Detached>,
         context: Context,
-    ) -> Answer<DetachedCommand> {
+    ) -> Result<Json<DetachedCommand>, String> {
         self.call(context, self.engine.detached_kill(&name, &id)).await
     }
 
@@ -276,7 +292,7 @@ impl Service {
         &self,
         Parameters(Named { name }): Parameters<Named>,
         context: Context,
-    ) -> Answer<Commands> {
+    ) -> Result<Json<Commands>, String> {
         self.call(context, async { Ok(Commands { commands: self.engine.detached(&name).await? }) }).await
     }
 
@@ -303,7 +319,11 @@ impl Service {
             open_world_hint = false
         )
     )]
-    async fn apply(&self, Parameters(request): Parameters<Apply>, context: Context) -> Answer<Applied> {
+    async fn apply(
+        &self,
+        Parameters(request): Parameters<Apply>,
+        context: Context,
+    ) -> Result<Json<Applied>, String> {
         let (name, request) = request.split();
         self.call(context, self.engine.apply(name.as_deref(), &request)).await
     }
@@ -314,7 +334,11 @@ impl Service {
         name = "sandbox_fork",
         annotations(title = "Fork a sandbox", destructive_hint = false, open_world_hint = false)
     )]
-    async fn fork(&self, Parameters(request): Parameters<Fork>, context: Context) -> Answer<Sandboxes> {
+    async fn fork(
+        &self,
+        Parameters(request): Parameters<Fork>,
+        context: Context,
+    ) -> Result<Json<Sandboxes>, String> {
         let (name, request) = request.split();
         let work = async { Ok(Sandboxes { sandboxes: self.engine.fork(&name, &request).await? }) };
         self.followed(context, listener().0, work).await
@@ -330,7 +354,7 @@ impl Service {
         &self,
         Parameters(request): Parameters<SnapshotRequest>,
         context: Context,
-    ) -> Answer<SnapshotInfo> {
+    ) -> Result<Json<SnapshotInfo>, String> {
         self.followed(context, listener().0, self.engine.take_snapshot(&request)).await
     }
 
@@ -343,7 +367,7 @@ impl Service {
         &self,
         Parameters(Nothing {}): Parameters<Nothing>,
         context: Context,
-    ) -> Answer<Snapshots> {
+    ) -> Result<Json<Snapshots>, String> {
         self.call(context, async { Ok(Snapshots { snapshots: self.engine.snapshots().await? }) }).await
     }
 
@@ -356,7 +380,7 @@ impl Service {
         &self,
         Parameters(request): Parameters<Restore>,
         context: Context,
-    ) -> Answer<SandboxInfo> {
+    ) -> Result<Json<SandboxInfo>, String> {
         let (name, request) = request.split();
         self.followed(context, listener().0, self.engine.restore(&name, &request)).await
     }
@@ -370,7 +394,7 @@ impl Service {
         &self,
         Parameters(SnapshotName { name }): Parameters<SnapshotName>,
         context: Context,
-    ) -> Answer<Done> {
+    ) -> Result<Json<Done>, String> {
         self.call(context, async {
             self.engine.remove_snapshot(&name).await?;
             Ok(Done { done: format!("{name} is deleted") })

@@ -91,14 +91,12 @@ async fn run(arguments: &ServeArguments, home: &Home, settings: Settings, keys: 
     if !arguments.no_tcp {
         places.push(Place::Tcp(SocketAddr::new(arguments.host, arguments.port)));
     }
-    let socket = arguments.socket.clone().unwrap_or_else(|| home.path().join(SOCKET));
-    // Two servers of one user are none too many: the first has the socket that nobody named.
-    let taken = arguments.socket.is_none()
-        && !arguments.no_tcp
-        && tokio::net::UnixStream::connect(&socket).await.is_ok();
-    if !taken {
-        places.push(Place::Unix(socket.clone()));
-    }
+    places.push(match &arguments.socket {
+        Some(path) => Place::Unix(path.clone()),
+        None if arguments.no_tcp => Place::Unix(home.path().join(SOCKET)),
+        // Two servers of one user are none too many: the first has the socket that nobody named.
+        None => Place::UnixIfFree(home.path().join(SOCKET)),
+    });
     let keyless = keys.is_empty();
     let engine = Engine::new(settings);
     let listening = http::listen(engine.clone(), keys, &places).await?;
@@ -107,8 +105,10 @@ async fn run(arguments: &ServeArguments, home: &Home, settings: Settings, keys: 
     }
     if !arguments.quiet {
         let whom = if keyless { "this user only" } else { "whoever has an API key" };
-        let also = if taken { String::new() } else { format!(", unix socket {}", ui::path(&socket)) };
-        ui::note(&format!("serving {whom}{also}"));
+        let sockets = listening.sockets();
+        let sockets: String =
+            sockets.iter().map(|path| format!(", unix socket {}", ui::path(path))).collect();
+        ui::note(&format!("serving {whom}{sockets}"));
         match engine.project() {
             Some(project) => ui::note(&format!(
                 "sandboxes share {} as their profile says: moderate has a copy of it",

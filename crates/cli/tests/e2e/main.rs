@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod add;
+mod api;
 mod bad_input;
 mod build;
 mod clients;

@@ -23,6 +23,8 @@ use tower::ServiceExt;
 use super::access::{self, Keys, Way};
 use crate::engine::Engine;
 
+/// Code of a socket that another server has.
+const TAKEN: &str = "socket-taken";
 /// Connections at once.
 const CONNECTIONS: usize = 4096;
 /// How long the head of a request may take, and how long a connection may be idle before one.
@@ -39,6 +41,8 @@ pub enum Place {
     Tcp(SocketAddr),
     /// A unix socket, for this user alone.
     Unix(PathBuf),
+    /// A unix socket, unless another server of this user's has it already.
+    UnixIfFree(PathBuf),
 }
 
 /// A server that takes connections.
@@ -54,7 +58,7 @@ pub struct Listening {
 /// Begins to listen at `places`; with no keys only what is this machine's own.
 ///
 /// # Errors
-/// Code `usage` if others could come in without a key; `listen` if a place is taken.
+/// Code `usage` if others could come in without a key; `listen`, `socket-taken` if a place is.
 pub async fn listen(engine: Engine, keys: Keys, places: &[Place]) -> Result<Listening, Problem> {
     let (router, ending) = super::router(engine, keys.clone());
     let mut listening = Listening { router, ending, keys, tcp: Vec::new(), unix: Vec::new() };
@@ -72,6 +76,11 @@ pub async fn listen(engine: Engine, keys: Keys, places: &[Place]) -> Result<List
                 listening.tcp.push(listener);
             }
             Place::Unix(path) => listening.unix.push((bind(path).await?, path.clone())),
+            Place::UnixIfFree(path) => match bind(path).await {
+                Ok(listener) => listening.unix.push((listener, path.clone())),
+                Err(problem) if problem.code == TAKEN => {}
+                Err(problem) => return Err(problem),
+            },
         }
     }
     Ok(listening)
@@ -94,7 +103,7 @@ async fn bind(path: &Path) -> Result<UnixListener, Problem> {
         }
         if UnixStream::connect(&short).await.is_ok() {
             let hint = "one server answers there already; --socket takes another path";
-            return Err(plain("listen", format!("{} is taken", path.display()), Some(hint)));
+            return Err(plain(TAKEN, format!("{} is taken", path.display()), Some(hint)));
         }
         std::fs::remove_file(path).map_err(io(what()))?;
     }
@@ -110,6 +119,11 @@ impl Listening {
     /// Addresses of its TCP listeners.
     pub fn addresses(&self) -> Vec<SocketAddr> {
         self.tcp.iter().filter_map(|listener| listener.local_addr().ok()).collect()
+    }
+
+    /// Its unix sockets.
+    pub fn sockets(&self) -> Vec<&Path> {
+        self.unix.iter().map(|(_, path)| path.as_path()).collect()
     }
 
     /// Serves until `end` is ready; then lets requests end, for a while. Sandboxes live on.

@@ -139,6 +139,7 @@ async fn the_tools_are_as_frozen() {
         assert_eq!(schema["type"], "object", "{name}");
         assert_eq!(schema["additionalProperties"], false, "{name}: what it does not know is refused");
         assert_eq!(tool["outputSchema"]["type"], "object", "{name}");
+        assert!(!tool.to_string().contains("\"format\":\"uint"), "{name}: formats that there are not");
         assert!(tool["description"].as_str().is_some_and(|text| text.len() > 10), "{name}");
         let described = |schema: &Value| schema["description"].is_string();
         let properties = schema["properties"].as_object();

@@ -27,7 +27,7 @@ pub(crate) fn scratch() -> PathBuf {
 }
 
 /// `PATH` of all commands.
-const PATH: &str = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin";
+pub(crate) const PATH: &str = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin";
 
 /// A state directory with kernel, initramfs and the template of the `host` image, prepared once by the program itself and
 /// shared by all tests.

@@ -17,6 +17,7 @@ mod image;
 mod isolation;
 mod living;
 mod living_faults;
+mod mcp;
 mod network;
 mod plugin;
 mod ports;

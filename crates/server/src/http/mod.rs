@@ -84,3 +84,10 @@ fn router(engine: Engine, keys: Keys) -> (Router, CancellationToken) {
         .with_state(app);
     (router, ending)
 }
+
+/// The API's description, JSON.
+#[cfg(test)]
+pub(crate) fn description() -> String {
+    let [creating, document] = [routes::creating(), routes::other()].map(|router| router.split_for_parts().1);
+    openapi::complete(document, creating)
+}

@@ -3,6 +3,8 @@
 
 mod parameters;
 mod service;
+#[cfg(test)]
+mod tests;
 mod tools;
 mod words;
 

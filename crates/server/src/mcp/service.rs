@@ -1,22 +1,24 @@
 //! The server that has the tools, and the two ways to it.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use agentkernel_sandbox::{Problem, plain};
-use rmcp::model::{Implementation, ServerCapabilities, ServerConfig};
+use rmcp::handler::server::router::tool::ToolRouter;
+use rmcp::model::{Implementation, JsonObject, ServerCapabilities, ServerConfig};
 use rmcp::transport::async_rw::AsyncRwTransport;
 use rmcp::transport::io::stdio_pipes;
 use rmcp::transport::streamable_http_server::session::local::LocalSessionManager;
 use rmcp::transport::streamable_http_server::{StreamableHttpServerConfig, StreamableHttpService};
 use rmcp::{ServerHandler, ServiceExt, tool_handler};
+use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
 use crate::engine::Engine;
 
 /// Longest message of a peer's over stdio, and largest body over HTTP, bytes: files are sent in them.
-const MESSAGE: usize = 32 << 20;
+pub(super) const MESSAGE: usize = 32 << 20;
 /// Sessions over HTTP at once.
 const SESSIONS: usize = 256;
 /// How long a session over HTTP may be idle.
@@ -26,6 +28,37 @@ const INSTRUCTIONS: &str = "Runs commands in isolated microVMs. Run what you wou
 sandbox_run (a fresh sandbox, removed afterwards), or make a sandbox that lives with sandbox_create and use sandbox_exec. \
 Sandboxes see the project copy-on-write: review what was changed with sandbox_diff, take it with sandbox_apply. Before \
 something risky take a snapshot (snapshot_take, snapshot_restore); to try several ways at once, sandbox_fork.";
+
+/// The tools, made once.
+static TOOLS: LazyLock<ToolRouter<Service>> = LazyLock::new(|| {
+    let mut tools = Service::tool_router();
+    for route in tools.map.values_mut() {
+        let tool = &mut route.attr;
+        tool.input_schema = portable(&tool.input_schema);
+        tool.output_schema = tool.output_schema.as_ref().map(portable);
+    }
+    tools
+});
+
+/// A schema without the names of Rust's numbers: JSON Schema has no such formats, and clients complain of each.
+fn portable(schema: &Arc<JsonObject>) -> Arc<JsonObject> {
+    fn clean(value: &mut Value) {
+        match value {
+            Value::Object(fields) => {
+                fields.retain(|name, value| {
+                    let format = if name == "format" { value.as_str() } else { None };
+                    !format.is_some_and(|format| format.starts_with("uint") || format.starts_with("int"))
+                });
+                fields.values_mut().for_each(clean);
+            }
+            Value::Array(values) => values.iter_mut().for_each(clean),
+            _ => {}
+        }
+    }
+    let mut schema = schema.as_ref().clone();
+    schema.values_mut().for_each(clean);
+    Arc::new(schema)
+}
 
 /// A server for one peer.
 #[derive(Clone, Debug)]
@@ -44,7 +77,7 @@ impl Drop for Session {
     }
 }
 
-#[tool_handler(router = Self::tool_router())]
+#[tool_handler(router = TOOLS)]
 impl ServerHandler for Service {
     fn get_info(&self) -> ServerConfig {
         let mut info = ServerConfig::new(ServerCapabilities::builder().enable_tools().build());
@@ -63,7 +96,7 @@ pub async fn serve_stdio(engine: Engine) -> Result<(), Problem> {
     serve(engine, reader, writer).await
 }
 
-async fn serve<R, W>(engine: Engine, reader: R, writer: W) -> Result<(), Problem>
+pub(super) async fn serve<R, W>(engine: Engine, reader: R, writer: W) -> Result<(), Problem>
 where
     R: tokio::io::AsyncRead + Send + Unpin + 'static,
     W: tokio::io::AsyncWrite + Send + Unpin + 'static,

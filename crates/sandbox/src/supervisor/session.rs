@@ -503,6 +503,7 @@ impl Session {
                 self.record.say("warning", &problem.message);
             }
             self.record.say(if phase == Phase::Paused { "paused" } else { "resumed" }, "");
+            clients.still().show(phase == Phase::Paused);
         }
     }
 

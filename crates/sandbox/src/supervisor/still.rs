@@ -40,6 +40,8 @@ pub(super) struct Still {
     is_template: bool,
     alone: Mutex<()>,
     paused: watch::Sender<bool>,
+    /// What of it others see.
+    shown: watch::Sender<bool>,
 }
 
 impl Still {
@@ -50,8 +52,8 @@ impl Still {
         epoch: u32,
         is_template: bool,
     ) -> Self {
-        let paused = watch::Sender::new(false);
-        Self { machine, network, opener, epoch, is_template, alone: Mutex::new(()), paused }
+        let (paused, shown) = (watch::Sender::new(false), watch::Sender::new(false));
+        Self { machine, network, opener, epoch, is_template, alone: Mutex::new(()), paused, shown }
     }
 
     /// Whether its user has paused it.
@@ -64,11 +66,23 @@ impl Still {
         self.paused.subscribe()
     }
 
+    /// Others see now whether it is paused.
+    pub(super) fn show(&self, paused: bool) {
+        self.shown.send_replace(paused);
+    }
+
+    /// Waits until others see it: who asked may look next.
+    async fn until_shown(&self, paused: bool) {
+        // The sender is this one's own.
+        let _ = self.shown.subscribe().wait_for(|shown| *shown == paused).await;
+    }
+
     pub(super) async fn pause(&self) -> Result<(), Problem> {
         let _alone = self.alone.lock().await;
         if !self.is_paused() {
             self.machine.pause().await.map_err(refused)?;
             self.paused.send_replace(true);
+            self.until_shown(true).await;
         }
         Ok(())
     }
@@ -78,6 +92,7 @@ impl Still {
         if self.is_paused() {
             self.machine.resume().await.map_err(refused)?;
             self.paused.send_replace(false);
+            self.until_shown(false).await;
             self.set_clock().await;
         }
         Ok(())

@@ -203,6 +203,51 @@ fn garbage_does_no_harm() {
     host.assert_nothing_is_left();
 }
 
+#[test]
+fn a_peer_over_http_that_dies_leaves_nothing_behind() {
+    let host = Host::new();
+    let server = Server::start(&host, &[]);
+    let address = server.url.strip_prefix("http://").unwrap();
+    let post = |session: &str, body: &Value| {
+        let (body, mut stream) = (body.to_string(), TcpStream::connect(address).unwrap());
+        let head = format!(
+            "POST /mcp HTTP/1.1\r\nHost: {address}\r\n{session}Content-Type: application/json\r\n\
+            Accept: application/json, text/event-stream\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        stream.write_all(head.as_bytes()).unwrap();
+        BufReader::new(stream)
+    };
+    let find = |answer: &mut BufReader<TcpStream>, word: &str| {
+        answer.lines().map(Result::unwrap).find(|line| line.contains(word)).unwrap()
+    };
+    let client = json!({ "name": "tests", "version": "1" });
+    let hello = json!({ "jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
+        "protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": client } });
+    let session = find(&mut post("", &hello), "mcp-session-id") + "\r\n";
+    let ready = json!({ "jsonrpc": "2.0", "method": "notifications/initialized" });
+    find(&mut post(&session, &ready), "202");
+    let work = json!({ "jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {
+        "name": "sandbox_run", "arguments": { "command": ["sh", "-c", "echo up; sleep 1000"] },
+        "_meta": { "progressToken": "told" } } });
+    let mut answer = post(&session, &work);
+    find(&mut answer, "\"up\"");
+    assert_eq!(host.sandboxes().len(), 1);
+    drop(answer);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !host.sandboxes().is_empty() {
+        assert!(Instant::now() < deadline, "its sandbox is still there");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    // The session is there for one that comes back.
+    let list = json!({ "jsonrpc": "2.0", "id": 3, "method": "tools/call", "params": {
+        "name": "sandbox_list", "arguments": {} } });
+    find(&mut post(&session, &list), "\"sandboxes\":[]");
+    server.end();
+    host.assert_nothing_is_left();
+}
+
 /// One request, as it is; the head of the answer.
 fn raw(address: &str, request: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();

@@ -20,9 +20,10 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::middleware::from_fn_with_state;
+use axum::middleware::{from_fn, from_fn_with_state};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
+use tower::Layer;
 
 pub use self::access::Keys;
 #[cfg(fuzzing)]
@@ -89,7 +90,7 @@ fn router(engine: Engine, keys: Keys) -> (Router, CancellationToken) {
     let router = Router::new()
         .merge(creating)
         .merge(other)
-        .nest_service("/mcp", mcp::service(engine.clone(), ending.clone()))
+        .nest_service("/mcp", from_fn(mcp::attend).layer(mcp::service(engine.clone(), ending.clone())))
         .fallback(guard::no_route)
         .method_not_allowed_fallback(guard::no_method)
         .layer(from_fn_with_state(app.clone(), guard::guard))

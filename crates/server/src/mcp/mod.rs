@@ -9,4 +9,4 @@ mod tools;
 mod words;
 
 pub use self::service::serve_stdio;
-pub(crate) use self::service::service;
+pub(crate) use self::service::{attend, service};

@@ -5,6 +5,11 @@ use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use agentkernel_sandbox::{Problem, plain};
+use axum::body::Body;
+use axum::extract::Request;
+use axum::middleware::Next;
+use axum::response::Response;
+use http_body_util::BodyExt;
 use rmcp::handler::server::router::tool::ToolRouter;
 use rmcp::model::{Implementation, JsonObject, ServerCapabilities, ServerConfig};
 use rmcp::transport::async_rw::AsyncRwTransport;
@@ -20,9 +25,9 @@ use crate::engine::Engine;
 /// Longest message of a peer's over stdio, and largest body over HTTP, bytes: files are sent in them.
 pub(super) const MESSAGE: usize = 32 << 20;
 /// Sessions over HTTP at once.
-const SESSIONS: usize = 256;
-/// How long a session over HTTP may be idle.
-const IDLE: Duration = Duration::from_secs(600);
+const SESSIONS: usize = 1024;
+/// How long a session over HTTP may be idle: those who use an agent have breaks, and a session costs little.
+const IDLE: Duration = Duration::from_hours(8);
 
 const INSTRUCTIONS: &str = "Runs commands in isolated microVMs. Run what you would not trust on this machine with \
 sandbox_run (a fresh sandbox, removed afterwards), or make a sandbox that lives with sandbox_create and use sandbox_exec. \
@@ -115,7 +120,25 @@ where
     ended.map(drop).map_err(|error| plain("mcp", format!("the server ended: {error}"), None))
 }
 
-/// The service of `/mcp`. Who may come in, and from where, is settled before it.
+/// Ends with whoever waits for the answer to a request over HTTP.
+#[derive(Clone, Debug)]
+pub(super) struct Waiting(pub CancellationToken);
+
+/// Notices that nobody waits for an answer any more: a session may outlive its client for long, what a client began may not.
+pub(crate) async fn attend(mut request: Request, next: Next) -> Response {
+    let waiting = CancellationToken::new();
+    request.extensions_mut().insert(Waiting(waiting.clone()));
+    let guard = waiting.drop_guard();
+    let (head, body) = next.run(request).await.into_parts();
+    let body = body.map_frame(move |frame| {
+        // It has the body's life.
+        let _ = &guard;
+        frame
+    });
+    Response::from_parts(head, Body::new(body))
+}
+
+/// The service of `/mcp`, to be wrapped in [`attend`]. Who may come in, and from where, is settled before it.
 pub(crate) fn service(
     engine: Engine,
     ending: CancellationToken,

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use agentkernel_sandbox::Problem;
+use axum::http::request::Parts;
 use rmcp::handler::server::common::schema_for_output;
 use rmcp::handler::server::wrapper::Parameters;
 use rmcp::model::{CallToolResult, ContentBlock, ProgressNotificationParam};
@@ -15,7 +16,7 @@ use super::parameters::{
     Apply, Changes, Commands, Detached, DetachedLogs, Done, Exec, FilePath, FileWrite, FilesWrite, Fork,
     Named, Nothing, Restore, Sandboxes, SnapshotName, Snapshots, Stop, StreamName,
 };
-use super::service::Service;
+use super::service::{Service, Waiting};
 use super::words;
 use crate::engine::{Engine, Stream};
 use crate::model::{
@@ -422,6 +423,7 @@ impl Service {
         tokio::select! {
             result = work => result.map(Json).map_err(|problem| told(&self.engine, &problem)),
             () = context.ct.cancelled() => Err("the request was cancelled".to_owned()),
+            () = abandoned(&context) => Err("nobody waits for the answer".to_owned()),
         }
     }
 
@@ -440,6 +442,15 @@ impl Service {
             }
         };
         self.call(context, work).await
+    }
+}
+
+/// Waits until nobody waits for the answer to a request over HTTP. Over stdio the session ends with its client.
+async fn abandoned(context: &Context) {
+    let parts = context.extensions.get::<Parts>();
+    match parts.and_then(|parts| parts.extensions.get::<Waiting>()) {
+        Some(Waiting(waiting)) => waiting.cancelled().await,
+        None => std::future::pending().await,
     }
 }
 

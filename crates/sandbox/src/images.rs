@@ -58,6 +58,25 @@ pub struct ImageDetails {
     pub configuration: Value,
 }
 
+/// Host and port of a registry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegistryPlace(String);
+
+impl RegistryPlace {
+    /// Whether it is an address, or this machine: no registry that is everybody's is named so.
+    pub fn is_private(&self) -> bool {
+        let host = match self.0.rsplit_once(':') {
+            Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
+            _ => &self.0,
+        };
+        let bare = host.trim_start_matches('[').trim_end_matches(']');
+        let numeric = bare.rsplit('.').next().is_some_and(|last| {
+            last.bytes().all(|byte| byte.is_ascii_digit()) || last.to_ascii_lowercase().starts_with("0x")
+        });
+        numeric || bare.contains(':') || !bare.contains('.')
+    }
+}
+
 /// What `images prune` removed, or would remove.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct PrunedImages {
@@ -244,6 +263,14 @@ impl Images {
     /// If their directory cannot be read.
     pub fn damaged_records(&self) -> Result<Vec<Problem>, Problem> {
         crate::build::damaged_records(&self.home)
+    }
+
+    /// Where `reference` would be asked for.
+    ///
+    /// # Errors
+    /// Code `image-name`: it is no name of an image.
+    pub fn registry(&self, reference: &str) -> Result<RegistryPlace, Problem> {
+        parse(reference).map(|reference| RegistryPlace(reference.registry))
     }
 
     /// A name of the store that looks like `name`, which is none.
@@ -496,6 +523,23 @@ mod tests {
             (5 << 40, "5120.0GB"),
         ] {
             assert_eq!(format_size(bytes), text);
+        }
+    }
+
+    #[test]
+    fn addresses_and_this_machine_are_private() {
+        for (place, private) in [
+            ("registry.example", false),
+            ("registry.example:5000", false),
+            ("127.0.0.1:5000", true),
+            ("10.1", true),
+            ("0x7f.0.0.0x1", true),
+            ("2130706433", true),
+            ("[::1]:5000", true),
+            ("localhost:5000", true),
+            ("localhost", true),
+        ] {
+            assert_eq!(RegistryPlace(place.into()).is_private(), private, "{place}");
         }
     }
 }

@@ -172,7 +172,7 @@ impl Engine {
     /// stream are kept.
     ///
     /// # Errors
-    /// If the sandbox does not run or dies. A command that fails is none.
+    /// Code `busy` if too many run; if the sandbox does not run or dies. A command that fails is none.
     pub async fn exec(
         &self,
         name: &str,
@@ -180,6 +180,9 @@ impl Engine {
         limit: usize,
         listener: Listener<'_>,
     ) -> Result<RunOutput, Problem> {
+        let _place = self.shared.commands.try_acquire().map_err(|_| {
+            plain("busy", "too many commands run in sandboxes already", Some("detach those that run long"))
+        })?;
         let (sandbox, spec) = self.live(name).await?;
         let mut decided = AuditReader::from_now(sandbox.directory().path());
         let mut program = Program::start(&sandbox, exec_of(&spec, request)?).await?;

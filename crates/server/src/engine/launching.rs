@@ -121,7 +121,11 @@ impl Engine {
         if images.is_here(image) {
             return Ok(());
         }
-        images.check(image)?;
+        // Who may not reach what is private from a sandbox may not have the server reach it. A name may lead there all the
+        // same: it is the registry's client that looks it up.
+        if !self.grants().host_access && images.registry(image)?.is_private() {
+            return Err(grants::refused("registries by their address"));
+        }
         tracing::info!("pulling {image}");
         let pulled = images.pull(image, &self.settings().registry, &|_| {}).await;
         pulled.map(drop).map_err(|mut problem| {
@@ -231,6 +235,27 @@ impl Drop for Held {
             Err(_) => drop(lease),
         }
     }
+}
+
+/// Does what must not stop half-way to its end. If nobody waits for that any more, what it made is removed again.
+pub(super) async fn completed<T: Send + 'static>(
+    engine: &Engine,
+    work: impl Future<Output = Result<T, Problem>> + Send + 'static,
+    made: impl Fn(T) -> Vec<SandboxDirectory> + Send + 'static,
+) -> Result<T, Problem> {
+    let counted = Counted::new(&engine.shared.held);
+    let (tell, told) = tokio::sync::oneshot::channel();
+    tokio::spawn(async move {
+        if let Err(Ok(unwanted)) = tell.send(work.await) {
+            for directory in made(unwanted) {
+                if let Err(problem) = lifecycle::remove(&directory, true).await {
+                    tracing::warn!("{}", problem.message);
+                }
+            }
+        }
+        drop(counted);
+    });
+    told.await.unwrap_or_else(|_| Err(plain("internal", "the work ended without a result", None)))
 }
 
 fn end(lease: Option<Lease>, directory: Option<SandboxDirectory>) {

@@ -51,6 +51,9 @@ const SWEEP: u64 = 15;
 /// How long what was begun may take to end once nobody waits for it.
 const FAREWELL: Duration = Duration::from_secs(10);
 
+/// Commands in sandboxes that somebody waits for: what they say is kept in memory.
+const COMMANDS: usize = 256;
+
 /// What the engine works with.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -83,6 +86,8 @@ struct Shared {
     settings: Settings,
     started: Instant,
     places: Arc<Semaphore>,
+    /// Commands in sandboxes that somebody may still wait for.
+    commands: Semaphore,
     /// Runs that have a place or wait for one.
     admitted: Arc<AtomicUsize>,
     /// Sandboxes that somebody waits for, or that are being ended because nobody does any more.
@@ -118,6 +123,7 @@ impl Engine {
             settings,
             started: Instant::now(),
             places,
+            commands: Semaphore::new(COMMANDS),
             admitted: Arc::default(),
             held: Arc::default(),
             review: Mutex::default(),

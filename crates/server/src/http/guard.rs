@@ -5,17 +5,19 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use agentkernel_sandbox::plain;
 use agentkernel_sandbox::state::random_word;
+use agentkernel_sandbox::{Problem, plain};
 use axum::Json;
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use hyper::body::Body as _;
+use tokio::sync::SemaphorePermit;
 
 use super::App;
 use super::access::{self, Way};
-use super::answer::Failed;
+use super::answer::{BODY, FILES_BODY, Failed};
 use crate::model::Failure;
 use crate::problem::shown;
 
@@ -23,6 +25,8 @@ use crate::problem::shown;
 const ID: &str = "x-request-id";
 /// Longest id that a client may give, bytes.
 const ID_LENGTH: usize = 128;
+/// How long a request waits for room for its body.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// How often refusals are logged.
 const REFUSALS: Duration = Duration::from_secs(1);
 
@@ -56,8 +60,13 @@ pub(super) async fn guard(State(app): State<App>, mut request: Request, next: Ne
     // Whoever only asks whether it lives needs no key: so do those who watch over it.
     let open = route == "/health" && !app.keys.is_empty();
     let entry = if open { Ok(()) } else { access::check(&app.keys, way, request.uri(), request.headers()) };
+    let size = size(&request);
     let mut response = match entry {
-        Ok(()) => next.run(request).await,
+        // What bodies bring is in memory until they are answered.
+        Ok(()) => match room(&app, size).await {
+            Ok(_room) => next.run(request).await,
+            Err(problem) => Failed(problem).into_response(),
+        },
         Err(problem) => {
             app.metrics.refused();
             if let Some(count) = app.refused.count() {
@@ -104,6 +113,24 @@ pub(super) async fn guard(State(app): State<App>, mut request: Request, next: Ne
     drop(in_flight);
     tracing::debug!("{id} {method} {route} {} {:.1} ms", status.as_u16(), time.as_secs_f64() * 1e3);
     response
+}
+
+/// How large a request's body may be, KiB.
+fn size(request: &Request) -> u32 {
+    let length = match request.body().size_hint().exact() {
+        Some(length) => usize::try_from(length).unwrap_or(usize::MAX),
+        None => BODY,
+    };
+    // One that is larger is refused before it is read.
+    u32::try_from(length.min(FILES_BODY).div_ceil(1024)).unwrap_or(u32::MAX)
+}
+
+/// Room for a request's body.
+async fn room(app: &App, kib: u32) -> Result<SemaphorePermit<'_>, Problem> {
+    match tokio::time::timeout(PATIENCE, app.bodies.acquire_many(kib)).await {
+        Ok(Ok(permit)) => Ok(permit),
+        _ => Err(plain("busy", "too much is sent at once", Some("try again in a moment"))),
+    }
 }
 
 /// The client's id for a request, if it is one that can be logged; else one of ours.

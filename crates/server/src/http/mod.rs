@@ -21,6 +21,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::middleware::{from_fn, from_fn_with_state};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tower::Layer;
 
@@ -31,6 +32,11 @@ pub use self::listen::{Listening, Place, listen};
 use self::metrics::Metrics;
 use crate::engine::Engine;
 use crate::mcp;
+
+/// Bodies of all requests that are not answered yet, KiB.
+const BODIES_KIB: usize = 256 << 10;
+/// Terminals at once.
+const TERMINALS: usize = 512;
 
 /// What all requests share.
 #[derive(Clone, Debug)]
@@ -45,6 +51,10 @@ pub(crate) struct Shared {
     metrics: Metrics,
     answers: idempotency::Answers,
     refused: guard::Refusals,
+    /// KiB of bodies that may still be taken.
+    bodies: Semaphore,
+    /// Terminals that may still be opened.
+    terminals: Arc<Semaphore>,
     /// The API's description, JSON.
     openapi: String,
     /// Streams without an end of their own end with this.
@@ -70,6 +80,8 @@ fn router(engine: Engine, keys: Keys) -> (Router, CancellationToken) {
         metrics: Metrics::new(),
         answers: idempotency::Answers::default(),
         refused: guard::Refusals::default(),
+        bodies: Semaphore::new(BODIES_KIB),
+        terminals: Arc::new(Semaphore::new(TERMINALS)),
         openapi: openapi::complete(document, creating_document),
         ending: ending.clone(),
     };

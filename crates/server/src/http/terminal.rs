@@ -100,8 +100,11 @@ pub(super) async fn terminal(
     })?;
     // What is wrong is said as HTTP as long as that is spoken.
     app.engine.check_live(&name).await?;
+    let place = app.terminals.clone().try_acquire_owned();
+    let place = place.map_err(|_| plain("busy", "too many terminals are open already", None))?;
     let upgrade = upgrade.max_message_size(MESSAGE).max_frame_size(MESSAGE);
     Ok(upgrade.on_upgrade(async move |socket| {
+        let _place = place;
         let (mut sender, mut receiver) = socket.split();
         let last = match converse(&app, &name, &mut sender, &mut receiver).await {
             Ok(Some(code)) => json!({ "exit_code": code }),

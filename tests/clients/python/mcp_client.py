@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import httpx2
-from mcp import ClientSession, StdioServerParameters
+from mcp import Client, ClientSession, StdioServerParameters
 from mcp.client.stdio import stdio_client
 from mcp.client.streamable_http import streamable_http_client
 
@@ -52,6 +52,26 @@ async def refused(session, tool, arguments, *words):
     """That a tool refuses, in these words."""
     result = await session.call_tool(tool, arguments)
     assert result.is_error and all(word in result.content[0].text for word in words), f"{tool}: {result}"
+
+
+async def given_up(session, calls, left):
+    """That of calls that are cancelled, the last of which says when it is up, so many sandboxes are left."""
+    began = asyncio.Event()
+
+    async def running(number, _, message):
+        if message == "up":
+            began.set()
+
+    tasks = [asyncio.create_task(session.call_tool(*words, progress_callback=running)) for words in calls]
+    await asyncio.wait_for(began.wait(), 60)
+    for task in tasks:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    deadline = time.monotonic() + 30
+    while len((await call(session, "sandbox_list", {}))[0]["sandboxes"]) > left:
+        assert time.monotonic() < deadline, "the sandbox of a cancelled request is there"
+        await asyncio.sleep(0.1)
 
 
 async def all_tools(session):
@@ -151,24 +171,9 @@ async def all_tools(session):
     await refused(session, "sandbox_exec", {"name": "nobody", "command": ["true"]}, "not-found")
 
     # A request that is given up leaves nothing.
-    began = asyncio.Event()
-
-    async def running(number, _, message):
-        if message == "up":
-            began.set()
-
-    words = {"command": ["sh", "-c", "echo up; sleep 1000"]}
-    work = asyncio.create_task(session.call_tool("sandbox_run", words, progress_callback=running))
-    inside = asyncio.create_task(session.call_tool("sandbox_exec", named | {"command": ["sleep", "1001"]}))
-    await asyncio.wait_for(began.wait(), 60)
-    for task in (work, inside):
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+    inside = ("sandbox_exec", named | {"command": ["sleep", "1001"]})
+    await given_up(session, [inside, ("sandbox_run", {"command": ["sh", "-c", "echo up; sleep 1000"]})], 1)
     deadline = time.monotonic() + 30
-    while len((await call(session, "sandbox_list", {}))[0]["sandboxes"]) > 1:
-        assert time.monotonic() < deadline, "the sandbox of a cancelled request is there"
-        await asyncio.sleep(0.1)
     look = named | {"command": ["sh", "-c", "ps ax | grep '[s]leep 1001' || true"]}
     while (said := (await call(session, "sandbox_exec", look))[0]["output"]):
         assert time.monotonic() < deadline, said
@@ -176,9 +181,26 @@ async def all_tools(session):
     await call(session, "sandbox_remove", named)
 
 
+async def newest(kind, where, *rest):
+    """The same client by its other door, which speaks the newest protocol: it has no sessions."""
+    async with contextlib.AsyncExitStack() as stack:
+        if kind == "stdio":
+            transport = server(where)
+        else:
+            client = httpx2.AsyncClient(headers={"authorization": f"Bearer {rest[0]}"}, timeout=120)
+            transport = streamable_http_client(where, http_client=await stack.enter_async_context(client))
+        opened = await stack.enter_async_context(Client(transport))
+        assert opened.session.protocol_version > "2026", opened.session.protocol_version
+        assert {tool.name for tool in (await opened.list_tools()).tools} == TOOLS
+        data, _ = await call(opened, "sandbox_run", {"command": ["sh", "-c", "exit 3"]})
+        assert data["exit_code"] == 3, data
+        await given_up(opened, [("sandbox_run", {"command": ["sh", "-c", "echo up; sleep 1000"]})], 0)
+
+
 async def main():
     async with session(*sys.argv[1:]) as opened:
         await all_tools(opened)
+    await newest(*sys.argv[1:])
     if sys.argv[1] == "stdio":
         async with session("stdio", sys.argv[2], "--profile", "restrictive") as opened:
             data, _ = await call(opened, "sandbox_run", {"command": ["sh", "-c", "pwd; ls given"]})

@@ -237,6 +237,27 @@ impl Drop for Held {
     }
 }
 
+/// Does what must not stop half-way to its end. If nobody waits for that any more, what it made is removed again.
+pub(super) async fn completed<T: Send + 'static>(
+    engine: &Engine,
+    work: impl Future<Output = Result<T, Problem>> + Send + 'static,
+    made: impl Fn(T) -> Vec<SandboxDirectory> + Send + 'static,
+) -> Result<T, Problem> {
+    let counted = Counted::new(&engine.shared.held);
+    let (tell, told) = tokio::sync::oneshot::channel();
+    tokio::spawn(async move {
+        if let Err(Ok(unwanted)) = tell.send(work.await) {
+            for directory in made(unwanted) {
+                if let Err(problem) = lifecycle::remove(&directory, true).await {
+                    tracing::warn!("{}", problem.message);
+                }
+            }
+        }
+        drop(counted);
+    });
+    told.await.unwrap_or_else(|_| Err(plain("internal", "the work ended without a result", None)))
+}
+
 fn end(lease: Option<Lease>, directory: Option<SandboxDirectory>) {
     if let Some(lease) = lease {
         lease.release();

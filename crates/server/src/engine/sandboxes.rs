@@ -10,7 +10,7 @@ use agentkernel_sandbox::spec::{Spec, check_name};
 use agentkernel_sandbox::state::{Phase, SandboxDirectory};
 use agentkernel_sandbox::{Problem, fork, lifecycle, plain, values};
 
-use super::launching::{list, time, word};
+use super::launching::{completed, list, time, word};
 use super::{Engine, blocking};
 use crate::model::{
     CreateRequest, ExtendRequest, Extended, ForkRequest, SandboxInfo, SandboxStats, SandboxStatus,
@@ -188,7 +188,9 @@ impl Engine {
         };
         names.iter().try_for_each(|name| check_name(name))?;
         let (directory, _) = self.find(name)?;
-        let forked = fork::fork(&directory, &names, &self.settings().program).await?;
+        let program = self.settings().program.clone();
+        let work = async move { fork::fork(&directory, &names, &program).await };
+        let forked = completed(self, work, |forked| forked.children).await?;
         forked.children.iter().map(info).collect()
     }
 

@@ -5,6 +5,7 @@ use agentkernel_sandbox::spec::{Image, check_name};
 use agentkernel_sandbox::state::random_word;
 use agentkernel_sandbox::{Problem, snapshots::spec_of};
 
+use super::launching::completed;
 use super::sandboxes::info;
 use super::{Engine, blocking};
 use crate::model::{RestoreRequest, SandboxInfo, SnapshotInfo, SnapshotRequest};
@@ -57,7 +58,12 @@ impl Engine {
         }
         self.grants().check_spec(&spec_of(self.home(), name)?)?;
         let restoring = Restoring { new_name: request.as_name.clone(), disk_only: request.disk_only };
-        let restored = snapshots::restore(self.home(), name, &restoring, &self.settings().program).await?;
+        let (home, name) = (self.home().clone(), name.to_owned());
+        let (program, another) = (self.settings().program.clone(), request.as_name.is_some());
+        let work = async move { snapshots::restore(&home, &name, &restoring, &program).await };
+        // In place, the sandbox is the snapshot's then, whether or not somebody waits.
+        let made = move |restored| if another { vec![restored] } else { Vec::new() };
+        let restored = completed(self, work, made).await?;
         info(&restored)
     }
 

@@ -67,17 +67,18 @@ pub(crate) async fn write(path: Vec<u8>, user: String, stream: Stream) -> Result
 
 /// Removes a file.
 pub(crate) async fn remove(path: Vec<u8>, mut stream: Stream) -> Result<(), FrameError> {
-    let unlink = move || {
-        let path = Path::new(OsStr::from_bytes(&path));
-        std::fs::remove_file(path).map_err(|error| {
-            // What some file systems say of a directory.
-            let directory = path.symlink_metadata().is_ok_and(|metadata| metadata.is_dir());
-            if directory { directory_failed(path) } else { Failed::of("remove", path, &error) }
-        })
-    };
+    let unlink = move || unlink(Path::new(OsStr::from_bytes(&path)));
     let reply = done(spawn_blocking(unlink).await);
     frame::write(&mut stream, &reply).await?;
     Ok(stream.shutdown().await?)
+}
+
+fn unlink(path: &Path) -> Result<(), Failed> {
+    std::fs::remove_file(path).map_err(|error| {
+        // Some file systems say something else of a directory.
+        let directory = path.symlink_metadata().is_ok_and(|metadata| metadata.is_dir());
+        if directory { directory_failed(path) } else { Failed::of("remove", path, &error) }
+    })
 }
 
 fn done(result: Result<Result<(), Failed>, tokio::task::JoinError>) -> FileReply {
@@ -105,7 +106,9 @@ impl Failed {
             ErrorKind::NotFound | ErrorKind::NotADirectory => FileFailure::NotFound,
             ErrorKind::IsADirectory => FileFailure::Directory,
             ErrorKind::StorageFull | ErrorKind::QuotaExceeded => FileFailure::Full,
-            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => FileFailure::Refused,
+            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem | ErrorKind::ResourceBusy => {
+                FileFailure::Refused
+            }
             _ => FileFailure::Other,
         };
         Self::new(kind, format!("cannot {what} {}: {error}", path.display()))
@@ -137,20 +140,11 @@ fn regular(path: &Path, metadata: &Metadata) -> Result<(), Failed> {
 
 fn content(path: &Path) -> Result<Vec<u8>, Failed> {
     let failed = |error: Error| Failed::of("read", path, &error);
-    // A FIFO without a writer, or a terminal, is not waited for.
+    // Before it is opened, which with some has effects; and without waiting, should it be another thing by then.
+    regular(path, &path.metadata().map_err(failed)?)?;
     let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits();
     let open = File::options().read(true).custom_flags(i32::try_from(flags).unwrap_or(0)).open(path);
-    let file = open.map_err(|error| {
-        // A socket cannot be opened at all.
-        let known =
-            path.metadata().map_err(|_| ()).and_then(|metadata| regular(path, &metadata).map_err(drop));
-        match (Errno::from_io_error(&error), known) {
-            (Some(Errno::NXIO), Err(())) => {
-                Failed::new(FileFailure::Special, format!("{} is no regular file", path.display()))
-            }
-            _ => failed(error),
-        }
-    })?;
+    let file = open.map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;
     regular(path, &metadata)?;
     if metadata.len() > FILE_LIMIT as u64 {
@@ -187,7 +181,14 @@ fn put(path: &Path, user: &str, content: &[u8]) -> Result<(), Failed> {
         };
         give(&file, uid, gid)?;
         file.set_permissions(std::fs::Permissions::from_mode(mode))?;
-        std::fs::rename(&draft, path)
+        match std::fs::rename(&draft, path) {
+            // Something is mounted there, such as `/etc/hosts`: it cannot be replaced, but written.
+            Err(error) if error.kind() == ErrorKind::ResourceBusy => {
+                std::fs::write(path, content)?;
+                std::fs::remove_file(&draft)
+            }
+            renamed => renamed,
+        }
     };
     write().map_err(|error| {
         let _ = std::fs::remove_file(&draft);
@@ -221,7 +222,12 @@ fn make_directories(path: &Path, user: &User) -> Result<(), Failed> {
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => return Ok(()),
                 made => made?,
             }
-            give(&File::open(directory)?, user.uid, user.gid)
+            // Whoever owns the directory above may have put a link there meanwhile.
+            let flags = (OFlags::DIRECTORY | OFlags::NOFOLLOW).bits();
+            let made =
+                File::options().read(true).custom_flags(i32::try_from(flags).unwrap_or(0)).open(directory)?;
+            give(&made, user.uid, user.gid)?;
+            made.set_permissions(std::fs::Permissions::from_mode(0o755))
         };
         make().map_err(|error| Failed::of("make", directory, &error))?;
     }
@@ -269,6 +275,13 @@ mod tests {
         put(&dangling, &me(), b"three").unwrap();
         assert_eq!(content(&root.path().join("new")).unwrap(), b"three");
         assert_eq!(file.parent().unwrap().read_dir().unwrap().count(), 1, "no temporary name is left");
+        assert_eq!(file.parent().unwrap().metadata().unwrap().mode() & 0o7777, 0o755);
+        // A link goes, and where it leads stays.
+        unlink(&link).unwrap();
+        assert!(link.symlink_metadata().is_err() && file.exists());
+        unlink(&file).unwrap();
+        assert_eq!(kind(unlink(&file)), FileFailure::NotFound);
+        assert_eq!(kind(unlink(root.path())), FileFailure::Directory);
     }
 
     #[test]

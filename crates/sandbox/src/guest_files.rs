@@ -2,6 +2,7 @@
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
+use std::time::Duration;
 
 use agentkernel_protocol::frame::{self, CHUNK};
 use agentkernel_protocol::message::{FILE_LIMIT, FileFailure, FileInput, FileReply, Request};
@@ -12,6 +13,8 @@ use crate::client::Sandbox;
 use crate::problem::{Problem, plain, printable, problem};
 use crate::spec::Spec;
 
+/// How long the guest may be silent, or take nothing.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Longest path of a file, bytes (PATH_MAX of Linux).
 const PATH: usize = 4096;
 
@@ -25,8 +28,12 @@ pub async fn read(sandbox: &Sandbox, path: &Path) -> Result<Vec<u8>, Problem> {
     let mut content = Vec::new();
     loop {
         match reply(sandbox, &mut stream).await? {
-            FileReply::Data(bytes) if content.len() + bytes.len() <= FILE_LIMIT => content.extend(bytes),
-            FileReply::Data(_) => return Err(plain("guest-protocol", "the guest sends too much", None)),
+            FileReply::Data(bytes) if !bytes.is_empty() && content.len() + bytes.len() <= FILE_LIMIT => {
+                content.extend(bytes);
+            }
+            FileReply::Data(_) => {
+                return Err(plain("guest-protocol", "the guest sends too much, or nothing", None));
+            }
             FileReply::Done => return Ok(content),
             FileReply::Failed { kind, message } => return Err(failed(kind, &message)),
         }
@@ -53,7 +60,7 @@ pub async fn write(sandbox: &Sandbox, path: &Path, content: &[u8]) -> Result<(),
         frame::write(&mut stream, &FileInput::End).await
     };
     // A guest that takes no more says why.
-    let _ = send.await;
+    let _ = tokio::time::timeout(PATIENCE, send).await;
     done(reply(sandbox, &mut stream).await?)
 }
 
@@ -91,7 +98,8 @@ fn located(sandbox: &Sandbox, path: &Path) -> Result<ByteBuf, Problem> {
 }
 
 async fn reply(sandbox: &Sandbox, stream: &mut UnixStream) -> Result<FileReply, Problem> {
-    match frame::read(stream).await {
+    let read = tokio::time::timeout(PATIENCE, frame::read(stream)).await;
+    match read.map_err(|_| plain("guest-slow", "the sandbox does not answer", None))? {
         Ok(reply) => Ok(reply),
         Err(error) if error.is_disconnect() => Err(sandbox.failure().await),
         Err(error) => Err(problem("guest-protocol", &error, None)),

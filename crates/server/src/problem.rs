@@ -11,25 +11,10 @@ pub(crate) fn status(problem: &Problem) -> StatusCode {
         "not-found" | "image-not-found" | "file-not-found" | "command-not-found" | "route" => {
             StatusCode::NOT_FOUND
         }
-        "name-taken"
-        | "running"
-        | "not-running"
-        | "paused"
-        | "still-held"
-        | "other-version"
-        | "never-ran"
-        | "no-changes"
-        | "no-deadline"
-        | "expired"
-        | "image-in-use"
-        | "in-use"
-        | "ambiguous"
-        | "restore-mismatch"
-        | "saved-damaged"
-        | "sandbox-died"
-        | "is-a-directory"
-        | "not-a-file"
-        | "idempotency-key-in-use" => StatusCode::CONFLICT,
+        "name-taken" | "running" | "not-running" | "paused" | "still-held" | "other-version"
+        | "never-ran" | "no-changes" | "no-deadline" | "expired" | "image-in-use" | "in-use"
+        | "ambiguous" | "restore-mismatch" | "saved-damaged" | "sandbox-died" | "is-a-directory"
+        | "not-a-file" | "guest-slow" => StatusCode::CONFLICT,
         "not-granted" | "file-refused" | "command-policy" | "not-local" | "no-hardware" => {
             StatusCode::FORBIDDEN
         }

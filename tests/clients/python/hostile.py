@@ -155,6 +155,11 @@ def files():
     refused(409, "is-a-directory", "GET", "/sandboxes/hostile/files/etc")
     refused(409, "not-a-file", "GET", "/sandboxes/hostile/files/dev/zero")
     refused(409, "is-a-directory", "DELETE", "/sandboxes/hostile/files/etc")
+    # Something of ours is mounted there: written, and not removed.
+    assert ask("PUT", "/sandboxes/hostile/files/etc/hosts", {"content": "127.0.0.1 localhost\n"})[0] == 200
+    refused(403, "file-refused", "DELETE", "/sandboxes/hostile/files/etc/hosts")
+    assert ask("DELETE", "/sandboxes/hostile/files/tmp/x-link")[0] == 200
+    refused(404, "file-not-found", "DELETE", "/sandboxes/hostile/files/tmp/x-link")
     refused(400, "usage", "PUT", "/sandboxes/hostile/files/tmp/x", {"content": "?", "encoding": "base64"})
     refused(413, "file-too-large", "PUT", "/sandboxes/hostile/files/tmp/x", {"content": "x" * ((16 << 20) + 1)})
     status, answer = ask("PUT", "/sandboxes/hostile/files/tmp/x", {"content": "x" * (16 << 20)})

@@ -184,6 +184,37 @@ fn a_server_that_dies_leaves_nothing_behind() {
 }
 
 #[test]
+fn copies_that_nobody_waits_for_are_not_left_half_made() {
+    let host = Host::new();
+    host.agentkernel(&["create", "base", "--memory", "512M"]).expect(0);
+    host.agentkernel(&["snapshot", "take", "base", "then"]).expect(0);
+    for after in [50, 100, 200] {
+        let mut peer = Peer::new(&host);
+        peer.call(2, "sandbox_fork", json!({ "name": "base", "as": "copy", "count": 3 }));
+        peer.call(3, "snapshot_restore", json!({ "name": "then", "as": "again" }));
+        std::thread::sleep(Duration::from_millis(after));
+        for id in [2, 3] {
+            let params = json!({ "requestId": id });
+            let cancel = json!({ "jsonrpc": "2.0", "method": "notifications/cancelled", "params": params });
+            peer.say(cancel.to_string().as_bytes());
+        }
+        drop((peer.to, peer.from));
+        assert!(wait(&mut peer.server).success());
+        // Whatever was done before it was given up is whole.
+        let list: Value = serde_json::from_str(host.agentkernel(&["list", "--json"]).expect(0)).unwrap();
+        for sandbox in list.as_array().unwrap() {
+            assert_eq!(sandbox["status"], "running", "after {after} ms: {list}");
+            if sandbox["name"] != "base" {
+                host.agentkernel(&["rm", "--force", sandbox["name"].as_str().unwrap()]).expect(0);
+            }
+        }
+    }
+    host.agentkernel(&["snapshot", "rm", "then"]).expect(0);
+    host.agentkernel(&["rm", "--force", "base"]).expect(0);
+    host.assert_nothing_is_left();
+}
+
+#[test]
 fn garbage_does_no_harm() {
     let host = Host::new();
     let mut peer = Peer::new(&host);

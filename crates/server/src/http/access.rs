@@ -131,13 +131,16 @@ pub(super) fn is_own(server: SocketAddr, client: SocketAddr) -> Option<bool> {
     let table = if client.is_ipv4() { "/proc/net/tcp" } else { "/proc/net/tcp6" };
     let text = std::fs::read_to_string(table).ok()?;
     let wanted = [shown(client), shown(server)];
-    // Format: proc_net_tcp of the kernel's documentation: slot, local address, remote address, ..., user id.
-    let owner = text.lines().skip(1).find_map(|line| {
+    // Format: proc_net_tcp of the kernel's documentation: slot, local address, remote address, state, queues, timer,
+    // retransmissions, user id, timeout, inode.
+    let (owner, inode) = text.lines().skip(1).find_map(|line| {
         let mut fields = line.split_ascii_whitespace().skip(1);
         let ends = [fields.next()?, fields.next()?];
-        (ends == [wanted[0].as_str(), wanted[1].as_str()]).then(|| fields.nth(4)?.parse::<u32>().ok())?
+        let fits = ends == [wanted[0].as_str(), wanted[1].as_str()];
+        fits.then(|| Some((fields.nth(4)?.parse::<u32>().ok()?, fields.nth(1)?.parse::<u64>().ok()?)))?
     })?;
-    Some(owner == own || owner == 0)
+    // One that its process has closed already is shown as nobody's: without an inode, and as if it was root's.
+    Some(inode != 0 && (owner == own || owner == 0))
 }
 
 /// An address as `/proc/net/tcp` has it: words of the network's order, read as the machine's own.
@@ -246,6 +249,10 @@ mod tests {
             let client = std::net::TcpStream::connect(server).unwrap();
             assert_eq!(is_own(server, client.local_addr().unwrap()), Some(true));
             assert_eq!(is_own(server, SocketAddr::new(server.ip(), 1)), None);
+            // Whoever closed it at once cannot be told any more, and is not taken for root.
+            let gone = client.local_addr().unwrap();
+            drop(client);
+            assert_ne!(is_own(server, gone), Some(true));
         }
     }
 }

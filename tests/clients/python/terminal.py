@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import struct
 import sys
+import time
 import urllib.request
+from socket import SO_LINGER, SOL_SOCKET
 
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
@@ -71,6 +74,35 @@ async def main():
     async with connect(PLACE) as socket:
         await socket.send(json.dumps({"command": ["nothing-of-that-name"]}))
         assert (await last(socket))["code"] == "not-started"
+    # Whoever goes while the command takes nothing more of what was typed leaves nothing either.
+    async with connect(PLACE, close_timeout=1) as socket:
+        await socket.send(json.dumps({"command": ["sh", "-c", "stty raw -echo; echo full; exec sleep 1003"]}))
+        await until(socket, "full")
+        for _ in range(512):
+            try:
+                await asyncio.wait_for(socket.send(b"x" * 65536), 1)
+            except TimeoutError:
+                break
+        else:
+            raise SystemExit("32 MiB are taken for whom nobody reads")
+        # As if its machine had gone: what was not sent yet is not waited for.
+        linger = struct.pack("ii", 1, 0)
+        socket.transport.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, linger)
+        socket.transport.abort()
+    deadline = time.monotonic() + 60
+    while ask({"command": ["sh", "-c", "ps ax | grep '[s]leep 1003' | wc -l"]})["stdout"] != "0\n":
+        assert time.monotonic() < deadline, "the command of who is gone is there"
+        await asyncio.sleep(0.5)
+    # A page of the web opens no terminal: its browser says whose it is.
+    for origin, status in (("http://evil.example", 403), ("null", 403)):
+        try:
+            async with connect(PLACE, origin=origin):
+                raise SystemExit(f"{origin} opened a terminal")
+        except InvalidStatus as error:
+            assert error.response.status_code == status, error
+    async with connect(PLACE, origin="http://localhost:3000") as socket:
+        await socket.send(json.dumps({"command": ["true"]}))
+        assert await last(socket) == {"exit_code": 0}
     for place, status in ((PLACE.replace("/dev/", "/nobody/"), 404), (f"{PLACE}/x", 404)):
         try:
             async with connect(place):

@@ -120,8 +120,14 @@ fn what_a_client_leaves_is_ended() {
     let server = Server::start(&host, &[]);
     let forever = json!({ "command": ["sh", "-c", "echo up; sleep 1000 & sleep 1000"] });
     // Before it began, while it runs, and while it is followed.
-    for (path, moment) in [("/run", 0), ("/run", 3000), ("/run/stream", 1)] {
-        let mut asked = Asked::new(&server.url, "POST", path, "", &forever);
+    let many = json!({ "commands": [forever, forever] });
+    for (path, body, moment) in [
+        ("/run", &forever, 0),
+        ("/run", &forever, 3000),
+        ("/run/stream", &forever, 1),
+        ("/batch/run", &many, 3000),
+    ] {
+        let mut asked = Asked::new(&server.url, "POST", path, "", body);
         match moment {
             1 => asked.wait_for("up\\n"),
             milliseconds => thread::sleep(Duration::from_millis(milliseconds)),
@@ -137,6 +143,38 @@ fn what_a_client_leaves_is_ended() {
     drop(asked);
     wait_until("the command of a client that is gone runs on", || count() == "0\n");
     data(&server, "DELETE", "/sandboxes/dev", &Value::Null);
+    server.end();
+    host.assert_nothing_is_left();
+}
+
+/// What a client does not read costs the server no memory, and what nobody could read is left out.
+#[test]
+fn a_client_that_does_not_read_is_waited_for() {
+    let host = Host::new();
+    let server = Server::start(&host, &[]);
+    let memory = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", server.running.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() >> 10
+    };
+    let endless = json!({ "command": ["sh", "-c", "echo up; exec yes"] });
+    let mut asked = Asked::new(&server.url, "POST", "/run/stream", "", &endless);
+    asked.wait_for("up\\n");
+    let before = memory();
+    thread::sleep(Duration::from_secs(3));
+    let after = memory();
+    assert!(after < before + 32, "{before} MiB, later {after} MiB");
+    drop(asked);
+    wait_until("the sandbox of a client that is gone is there", || host.sandboxes().is_empty());
+
+    let much =
+        json!({ "command": ["sh", "-c", "echo begin; head -c 20000000 /dev/zero | tr '\\0' x; echo end"] });
+    let told = data(&server, "POST", "/run", &much);
+    assert_eq!(told["exit_code"], 0, "{}", told["error"]);
+    let (output, all) = (told["stdout"].as_str().unwrap(), 20_000_000 + 6 + 4);
+    assert!(output.starts_with("begin\nxxx") && output.ends_with("xxxend\n"));
+    assert_eq!(told["omitted_bytes"], all - (8 << 20), "8 MiB are kept");
+    assert!(output.len() < (8 << 20) + 100, "{} bytes", output.len());
     server.end();
     host.assert_nothing_is_left();
 }
@@ -303,6 +341,19 @@ fn a_request_that_is_sent_again_is_not_done_again() {
         })
         .collect();
     assert_eq!(twice[0], twice[1]);
+    // Several at once: one is done, the others wait for it, also with the client that began it gone.
+    let body = json!({ "command": ["sh", "-c", "sleep 2; cat /proc/sys/kernel/random/uuid"] });
+    let header = "idempotency-key: four\r\n";
+    let begun = Asked::new(&server.url, "POST", "/run", header, &body);
+    wait_until("it does not begin", || host.sandboxes().len() == 1);
+    drop(begun);
+    let waiting: Vec<Asked> =
+        (0..3).map(|_| Asked::new(&server.url, "POST", "/run", header, &body)).collect();
+    let answers: Vec<_> = waiting.into_iter().map(Asked::answer).collect();
+    for (head, told) in &answers {
+        assert!(head.starts_with("HTTP/1.1 200") && head.contains("idempotency-replayed: true"), "{head}");
+        assert_eq!(*told, answers[0].1);
+    }
     server.end();
     host.assert_nothing_is_left();
 }

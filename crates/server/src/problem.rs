@@ -14,7 +14,7 @@ pub(crate) fn status(problem: &Problem) -> StatusCode {
         "name-taken" | "running" | "not-running" | "paused" | "still-held" | "other-version"
         | "never-ran" | "no-changes" | "no-deadline" | "expired" | "image-in-use" | "in-use"
         | "ambiguous" | "restore-mismatch" | "saved-damaged" | "sandbox-died" | "is-a-directory"
-        | "not-a-file" | "guest-slow" => StatusCode::CONFLICT,
+        | "not-a-file" | "guest-slow" | "store-busy" => StatusCode::CONFLICT,
         "not-granted" | "file-refused" | "command-policy" | "not-local" | "no-hardware" => {
             StatusCode::FORBIDDEN
         }
@@ -29,7 +29,9 @@ pub(crate) fn status(problem: &Problem) -> StatusCode {
         "usage" | "json" | "query" | "path" | "path-invalid" | "name-invalid" | "backend-unknown"
         | "vcpus" | "memory-size" | "disk-size" | "image-name" | "image" | "registry" | "configuration"
         | "mount-target" | "mount-source" | "mounts" | "network-rules" | "ports" | "share"
-        | "no-workspace" | "init-script" | "copy" | "file" | "host" | "request" => StatusCode::BAD_REQUEST,
+        | "no-workspace" | "init-script" | "copy" | "file" | "files" | "ignore-file" | "host" | "request" => {
+            StatusCode::BAD_REQUEST
+        }
         "disk" | "guest-disk-full" => StatusCode::INSUFFICIENT_STORAGE,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     }

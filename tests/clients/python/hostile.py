@@ -100,6 +100,16 @@ def bodies():
     begun = time.monotonic()
     answer = raw(head("/run", "content-type: application/json", f"content-length: {1 << 40}"), wait=10)
     assert b" 413 " in answer and b"body-too-large" in answer and time.monotonic() - begun < 5, answer
+    # Also where it is read before it is known what it is for.
+    for path, line in (("/run", "idempotency-key: large"), ("/mcp", "accept: application/json, text/event-stream")):
+        lines = "content-type: application/json", f"content-length: {1 << 40}", line
+        begun = time.monotonic()
+        answer = raw(head(path, *lines), wait=10)
+        assert b" 413 " in answer and b"body-too-large" in answer and time.monotonic() - begun < 5, answer
+    # Two lengths, or one and pieces: only one server's reading of it.
+    for lines in (["content-length: 2", "content-length: 3"], ["content-length: 1", "transfer-encoding: chunked"]):
+        answer = raw(head("/run", "content-type: application/json", *lines) + b"0\r\n\r\nGET /health HTTP/1.1\r\n\r\n", wait=5)
+        assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1") == 1, answer
     # Of unknown length: said as soon as it is too much.
     chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
     answer = b""
@@ -161,6 +171,8 @@ def files():
     assert ask("DELETE", "/sandboxes/hostile/files/tmp/x-link")[0] == 200
     refused(404, "file-not-found", "DELETE", "/sandboxes/hostile/files/tmp/x-link")
     refused(400, "usage", "PUT", "/sandboxes/hostile/files/tmp/x", {"content": "?", "encoding": "base64"})
+    many = {"files": {"/tmp/../x": "1"}}
+    refused(400, "path-invalid", "POST", "/sandboxes/hostile/files", many, words=["/tmp/../x: "])
     refused(413, "file-too-large", "PUT", "/sandboxes/hostile/files/tmp/x", {"content": "x" * ((16 << 20) + 1)})
     status, answer = ask("PUT", "/sandboxes/hostile/files/tmp/x", {"content": "x" * (16 << 20)})
     assert status == 200, answer
@@ -179,6 +191,12 @@ def keys():
         assert answer.status == 401 and answer.getheader("www-authenticate") == "Bearer", answer.status
     assert time.monotonic() - begun < 60
     refused(401, "unauthorized", "GET", "/sandboxes", key="")
+    # Nor is anything kept of what they make up.
+    for number in range(100):
+        refused(401, "unauthorized", f"M{number}", f"/made-up/{number}", key="")
+    connection.request("GET", "/metrics", headers={"x-api-key": KEY})
+    told = connection.getresponse().read().decode()
+    assert "made-up" not in told and 'method="M' not in told and 'method="other"' in told, told
     refused(401, "unauthorized", "POST", "/mcp", {}, key="")
     status, answer = ask("GET", "/sandboxes")
     assert (status, answer["data"]) == (200, []), answer

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use agentkernel_sandbox::{Problem, guest_files, plain};
+use agentkernel_sandbox::{Problem, guest_files, plain, printable};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
@@ -72,7 +72,11 @@ impl Engine {
         let (sandbox, _) = self.live(name).await?;
         let mut written = 0;
         for (path, content) in request.files {
-            guest_files::write(&sandbox, Path::new(&path), content.as_bytes()).await?;
+            let done = guest_files::write(&sandbox, Path::new(&path), content.as_bytes()).await;
+            done.map_err(|mut problem| {
+                problem.message = format!("{}: {}", printable(&path), problem.message);
+                problem
+            })?;
             written += 1;
         }
         Ok(Written { written })

@@ -8,6 +8,7 @@ use axum::body::Body as HttpBody;
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::Serialize;
@@ -109,16 +110,14 @@ pub(super) async fn read(request: Request, limit: usize, patience: Duration) -> 
         let hint = Some("send content-type: application/json");
         return Err(plain("media-type", "the body is not said to be JSON", hint).into());
     }
-    let announced = parts.headers.get(header::CONTENT_LENGTH);
-    let announced = announced.and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
-    if announced.is_some_and(|length| length > limit as u64) {
-        return Err(too_large(limit));
-    }
     collect(body, limit, patience).await
 }
 
-/// Reads a body whatever it is.
+/// Reads a body whatever it is; one that is said to be too large is refused before it comes.
 pub(super) async fn collect(body: HttpBody, limit: usize, patience: Duration) -> Result<Vec<u8>, Failed> {
+    if hyper::body::Body::size_hint(&body).lower() > limit as u64 {
+        return Err(too_large(limit));
+    }
     let collected = Limited::new(body, limit).collect();
     match tokio::time::timeout(patience, collected).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes().to_vec()),
@@ -128,6 +127,15 @@ pub(super) async fn collect(body: HttpBody, limit: usize, patience: Duration) ->
             let message = format!("the body did not arrive within {} s", patience.as_secs());
             Err(plain("slow", message, None).into())
         }
+    }
+}
+
+/// Reads a body, within bounds, before it is passed on to who knows none of time.
+pub(super) async fn whole(request: Request, next: Next) -> Response {
+    let (parts, body) = request.into_parts();
+    match collect(body, FILES_BODY, FILES_PATIENCE).await {
+        Ok(bytes) => next.run(Request::from_parts(parts, HttpBody::from(bytes))).await,
+        Err(failed) => failed.into_response(),
     }
 }
 
@@ -178,5 +186,29 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
             Ok(axum::extract::Query(value)) => Ok(Self(value)),
             Err(error) => Err(plain("query", words(&error.body_text()), None).into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn code(result: Result<Vec<u8>, Failed>) -> String {
+        result.map_or_else(|failed| failed.0.code, |bytes| format!("{} bytes", bytes.len()))
+    }
+
+    #[tokio::test]
+    async fn bodies_are_bounded_in_size_and_time() {
+        let second = Duration::from_secs(1);
+        assert_eq!(code(collect(HttpBody::from("four"), 4, second).await), "4 bytes");
+        assert_eq!(code(collect(HttpBody::from("five!"), 4, second).await), "body-too-large");
+        let piece = || Ok::<_, std::io::Error>("xxx");
+        let pieces = HttpBody::from_stream(futures::stream::iter([piece(), piece()]));
+        assert_eq!(code(collect(pieces, 4, second).await), "body-too-large");
+        let broken =
+            HttpBody::from_stream(futures::stream::iter([piece(), Err(std::io::Error::other("gone"))]));
+        assert_eq!(code(collect(broken, 4, second).await), "request");
+        let silent = HttpBody::from_stream(futures::stream::pending::<Result<&str, std::io::Error>>());
+        assert_eq!(code(collect(silent, 4, Duration::from_millis(20)).await), "slow");
     }
 }

@@ -60,7 +60,7 @@ pub(super) async fn guard(State(app): State<App>, mut request: Request, next: Ne
     // Whoever only asks whether it lives needs no key: so do those who watch over it.
     let open = route == "/health" && !app.keys.is_empty();
     let entry = if open { Ok(()) } else { access::check(&app.keys, way, request.uri(), request.headers()) };
-    let size = size(&request);
+    let size = size(&request, if takes_files(&route) { FILES_BODY } else { BODY });
     let mut response = match entry {
         // What bodies bring is in memory until they are answered.
         Ok(()) => match room(&app, size).await {
@@ -109,20 +109,22 @@ pub(super) async fn guard(State(app): State<App>, mut request: Request, next: Ne
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     let time = begun.elapsed();
-    app.metrics.answered(method.as_str(), &route, status.as_u16(), time);
+    app.metrics.answered(&method, &route, status.as_u16(), time);
     drop(in_flight);
     tracing::debug!("{id} {method} {route} {} {:.1} ms", status.as_u16(), time.as_secs_f64() * 1e3);
     response
 }
 
+/// Whether bodies of a route may carry files.
+fn takes_files(route: &str) -> bool {
+    route.contains("/files") || route.starts_with("/mcp")
+}
+
 /// How large a request's body may be, KiB.
-fn size(request: &Request) -> u32 {
-    let length = match request.body().size_hint().exact() {
-        Some(length) => usize::try_from(length).unwrap_or(usize::MAX),
-        None => BODY,
-    };
-    // One that is larger is refused before it is read.
-    u32::try_from(length.min(FILES_BODY).div_ceil(1024)).unwrap_or(u32::MAX)
+fn size(request: &Request, limit: usize) -> u32 {
+    // What is not said may be all that is taken; more is refused before it is read.
+    let length = request.body().size_hint().exact().map_or(limit as u64, |length| length.min(limit as u64));
+    u32::try_from(length.div_ceil(1024)).unwrap_or(u32::MAX)
 }
 
 /// Room for a request's body.

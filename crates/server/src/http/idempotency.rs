@@ -76,10 +76,13 @@ impl Answers {
         promise
     }
 
-    fn forget_one(&self, key: [u8; 32]) {
+    /// Forgets a promise, if it is still the one of its key.
+    fn forget_one(&self, key: [u8; 32], promise: &Arc<Promise>) {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.answers.remove(&key);
-        kept.order.retain(|other| *other != key);
+        if kept.answers.get(&key).is_some_and(|known| Arc::ptr_eq(known, promise)) {
+            kept.answers.remove(&key);
+            kept.order.retain(|other| *other != key);
+        }
     }
 
     fn count(&self, bytes: usize) {
@@ -130,24 +133,29 @@ pub(super) async fn once(State(app): State<App>, request: Request, next: Next) -
         return Failed(plain("idempotency-key-reused", message, Some("take a new key"))).into_response();
     }
     let request = Request::from_parts(parts, Body::from(body));
-    let replayed = promise.answer.initialized();
     // A task of its own: the client may go, what was begun goes on.
     let task = tokio::spawn(async move {
-        let kind = promise.answer.get_or_init(|| async { kept(next.run(request).await).await }).await.clone();
+        // Who waits for another's to be done has not done it either.
+        let mut did = false;
+        let answer = promise.answer.get_or_init(|| {
+            did = true;
+            async { kept(next.run(request).await).await }
+        });
+        let kind = answer.await.clone();
         match &kind {
             // What failed may be tried again.
-            Kind::Failed(_) => app.answers.forget_one(name),
-            Kind::Answer { status, .. } if !status.is_success() => app.answers.forget_one(name),
-            Kind::Answer { body, .. } if !replayed => app.answers.count(body.len()),
+            Kind::Failed(_) => app.answers.forget_one(name, &promise),
+            Kind::Answer { status, .. } if !status.is_success() => app.answers.forget_one(name, &promise),
+            Kind::Answer { body, .. } if did => app.answers.count(body.len()),
             Kind::Answer { .. } => {}
         }
-        kind
+        (kind, did)
     });
     match task.await {
-        Ok(Kind::Failed(failed)) => failed.into_response(),
-        Ok(Kind::Answer { status, headers, body }) => {
+        Ok((Kind::Failed(failed), _)) => failed.into_response(),
+        Ok((Kind::Answer { status, headers, body }, did)) => {
             let mut response = (status, headers, body).into_response();
-            if replayed {
+            if !did {
                 response.headers_mut().insert("idempotency-replayed", HeaderValue::from_static("true"));
             }
             response

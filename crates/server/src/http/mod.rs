@@ -87,10 +87,12 @@ fn router(engine: Engine, keys: Keys) -> (Router, CancellationToken) {
     };
     let app = App { shared: Arc::new(shared) };
     let creating = creating.route_layer(from_fn_with_state(app.clone(), idempotency::once));
+    let tools = from_fn(mcp::attend).layer(mcp::service(engine.clone(), ending.clone()));
+    let tools = from_fn(answer::whole).layer(tools);
     let router = Router::new()
         .merge(creating)
         .merge(other)
-        .nest_service("/mcp", from_fn(mcp::attend).layer(mcp::service(engine.clone(), ending.clone())))
+        .nest_service("/mcp", tools)
         .fallback(guard::no_route)
         .method_not_allowed_fallback(guard::no_method)
         .layer(from_fn_with_state(app.clone(), guard::guard))

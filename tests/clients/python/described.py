@@ -21,7 +21,7 @@ SLOW = ["/run", "/run/stream", "/batch/run", "/sandboxes"]
 def ask(*words, configuration=None):
     configured = ["--config-file", configuration] if configuration else []
     command = [Path(sys.executable).parent / "schemathesis", *configured, "run", f"{URL}/openapi.json", "--header",
-        f"Authorization: Bearer {KEY}", "--checks", CHECKS, "--seed", "1", "--no-color", *words]
+        f"Authorization: Bearer {KEY}", "--checks", CHECKS, "--seed", "1", "--request-timeout", "120", "--no-color", *words]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{done.stdout}\n{done.stderr}")
@@ -43,5 +43,13 @@ with AgentKernel(base_url=URL, api_key=KEY, timeout=120) as client, tempfile.Tem
     paths = "^/sandboxes/{name}/(exec$|exec/detach|files|logs|stats|diff|apply|pause|resume)"
     words = ["--phases", "coverage,fuzzing", "--max-examples", "10", "--include-path-regex", paths]
     ask(*words, configuration=configuration)
+
+    # All that is told, where there is something to tell of.
+    client.take_snapshot("described", snapshot_name="described")
+    client.run(["sh", "-c", "echo new > new.txt"])
+    left_out = [word for path in ("/events", "/sandboxes/{name}/exec/ws") for word in ("--exclude-path", path)]
+    words = ["--phases", "coverage,fuzzing", "--mode", "positive", "--max-examples", "3", "--include-method", "GET"]
+    ask(*words, *left_out, configuration=configuration)
+    client.delete_snapshot("described")
     client.remove_sandbox("described")
 print("ok")

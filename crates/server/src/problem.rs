@@ -78,6 +78,28 @@ fn without_paths(text: &str) -> String {
 mod tests {
     use super::*;
 
+    /// The page about the API names codes where they belong.
+    #[test]
+    fn codes_have_the_status_that_is_documented() {
+        let page = include_str!("../../../docs/api.md");
+        let mut known = 0;
+        for line in page.lines() {
+            let cells: Vec<_> = line.split('|').map(str::trim).collect();
+            let [_, first, second, _] = cells[..] else { continue };
+            let Ok(number) = first.parse::<u16>() else { continue };
+            for code in second
+                .split('`')
+                .skip(1)
+                .step_by(2)
+                .filter(|word| !matches!(*word, "retry-after" | "request_id"))
+            {
+                assert_eq!(status(&agentkernel_sandbox::plain(code, "", None)), number, "{code}");
+                known += 1;
+            }
+        }
+        assert!(known > 50, "{known}");
+    }
+
     #[test]
     fn paths_are_hidden_and_nothing_else() {
         for (text, expected) in [

@@ -42,6 +42,19 @@ def synchronous():
         except AgentKernelError as error:
             assert "there is a sandbox called sdk already" in str(error), error
 
+        # What there is not is said, and not left out.
+        for wanted, text in (({"source_url": "https://git.example/x"}, "source_url"), ({"secrets": ["A=b"]}, "secrets")):
+            try:
+                client.create_sandbox("other", **wanted)
+                raise SystemExit(f"{wanted} was taken")
+            except AgentKernelError as error:
+                assert f"unknown field `{text}`" in str(error), error
+        try:
+            client.list_stores()
+            raise SystemExit("there are stores")
+        except NotFoundError as error:
+            assert "no such route" in str(error), error
+
         words = ["sh", "-c", "echo $COLOUR; pwd; id -u"]
         told = client.exec_in_sandbox("sdk", words, env=["COLOUR=red"], workdir="/var", sudo=True)
         assert told.output == "red\n/var\n0\n", told
@@ -109,7 +122,24 @@ async def asynchronous():
         assert [output.output for output in outputs] == [f"{number}\n" for number in range(4)]
         events = [event async for event in await client.run_stream(["echo", "streamed"])]
         assert [event.type for event in events] == ["started", "output", "done"], events
-        assert await client.list_sandboxes() == []
+
+        made = await client.create_sandbox("async-sdk", memory_mb=512)
+        assert await client.get_sandbox_by_uuid(made.uuid) == made
+        told = await client.exec_in_sandbox("async-sdk", ["sh", "-c", "echo $A; pwd"], env=["A=b"], workdir="/var")
+        assert told.output == "b\n/var\n", told
+        assert (await client.write_files("async-sdk", {"/tmp/a": "1", "/tmp/b": "2"})).written == 2
+        assert (await client.read_file("async-sdk", "tmp/a")).content == "1"
+        await client.delete_file("async-sdk", "tmp/a")
+        command = await client.exec_detached("async-sdk", ["sh", "-c", "echo out; sleep 1000"])
+        while not (await client.detached_logs("async-sdk", command.id)).stdout:
+            pass
+        await client.detached_kill("async-sdk", command.id)
+        assert (await client.detached_status("async-sdk", command.id)).exit_code == 137
+        await client.take_snapshot("async-sdk", snapshot_name="async-snapshot")
+        assert (await client.restore_snapshot("async-snapshot")).name == "async-sdk"
+        await client.delete_snapshot("async-snapshot")
+        await client.remove_sandbox("async-sdk")
+        assert await client.list_sandboxes() == [] and await client.list_snapshots() == []
 
 
 synchronous()

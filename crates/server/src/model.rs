@@ -567,7 +567,8 @@ pub struct Diff {
 #[derive(Clone, Debug, Default, Deserialize, ToSchema, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ApplyRequest {
-    /// Only these paths, relative to the project; none: all. What is held back is taken if it is named.
+    /// Only these paths, relative to the project; none: all. What is held back is
+    /// taken if it is named and host access is granted.
     #[serde(default)]
     pub paths: Vec<String>,
     /// Not these paths.

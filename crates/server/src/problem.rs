@@ -14,7 +14,7 @@ pub(crate) fn status(problem: &Problem) -> StatusCode {
         "name-taken" | "running" | "not-running" | "paused" | "still-held" | "other-version"
         | "never-ran" | "no-changes" | "no-deadline" | "expired" | "image-in-use" | "in-use"
         | "ambiguous" | "restore-mismatch" | "saved-damaged" | "sandbox-died" | "is-a-directory"
-        | "not-a-file" | "guest-slow" | "store-busy" => StatusCode::CONFLICT,
+        | "not-a-file" | "guest-slow" | "apply" | "store-busy" => StatusCode::CONFLICT,
         "not-granted" | "file-refused" | "command-policy" | "not-local" | "no-hardware" => {
             StatusCode::FORBIDDEN
         }
@@ -40,14 +40,16 @@ pub(crate) fn status(problem: &Problem) -> StatusCode {
 /// The words of a problem without paths of the host's: those that are known by what they are, and where the trouble is the
 /// server's own, any.
 pub(crate) fn shown(engine: &Engine, problem: &Problem) -> String {
-    let mut text = problem.message.clone();
-    for (path, name) in engine.private_paths() {
-        text = text.replace(&path, name);
-    }
+    let mut text = hidden(engine, &problem.message);
     if status(problem).is_server_error() {
         text = without_paths(&text);
     }
     text
+}
+
+/// Words without paths of the host's that are known by what they are.
+pub(crate) fn hidden(engine: &Engine, text: &str) -> String {
+    engine.private_paths().into_iter().fold(text.to_owned(), |text, (path, name)| text.replace(&path, name))
 }
 
 /// Replaces what looks like an absolute path.

@@ -210,13 +210,17 @@ def places():
         {"host": f"evil.example:{PORT}"},
         {"host": "localhost", "origin": "http://evil.example"},
         {"host": "localhost", "origin": "null"},
+        # A page that a sandbox serves on a published port, and one that needs no origin to ask.
+        {"host": f"localhost:{PORT}", "origin": "http://localhost:8080"},
+        {"host": "localhost", "sec-fetch-site": "cross-site"},
+        {"host": "localhost", "sec-fetch-site": "same-site"},
     ):
-        for path in ("/health", "/run", "/mcp"):
+        for path in ("/health", "/run", "/mcp", "/last/apply", "/sandboxes/x/stop"):
             refused(403, "not-local", "POST", path, {"command": ["true"]}, headers=JSON | headers)
     # By another address of this machine, or in the request's own line.
     assert b" 403 " in raw(b"GET http://evil.example/health HTTP/1.1\r\nhost: localhost\r\n\r\n", wait=5)
     for host in ("localhost", f"127.0.0.1:{PORT}", f"[::1]:{PORT}"):
-        assert ask("GET", "/health", headers={"host": host, "origin": "http://localhost:3000"})[0] == 200
+        assert ask("GET", "/health", headers={"host": host, "origin": f"http://{host}", "sec-fetch-site": "same-origin"})[0] == 200
     # A page may send a form, but no JSON without asking first, and that is not answered.
     refused(415, "media-type", "POST", "/run", b"a=b", headers={"content-type": "application/x-www-form-urlencoded"})
     refused(405, "method", "OPTIONS", "/run", headers={"origin": "http://localhost"})

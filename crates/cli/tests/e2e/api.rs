@@ -250,6 +250,17 @@ fn nothing_of_the_host_without_a_grant() {
     }
     let body = json!({ "sandbox": "theirs" });
     assert_eq!(refused(&server, 403, "POST", "/snapshots", &body), "not-granted");
+    // What could run on the host by itself is not taken by naming it.
+    data(&server, "POST", "/sandboxes", &small("mine"));
+    let body = json!({ "command": ["sh", "-c", "echo 'touch /tmp/x' > .envrc"] });
+    data(&server, "POST", "/sandboxes/mine/exec", &body);
+    let report = data(&server, "POST", "/sandboxes/mine/apply", &json!({ "paths": [".envrc"] }));
+    assert!(report["complete"] == false && !host.project().join(".envrc").exists(), "{report}");
+    data(&server, "DELETE", "/sandboxes/mine", &Value::Null);
+    // A stream says why nothing comes.
+    let body = json!({ "command": ["true"], "workspace": "none", "apply": true });
+    let mut asked = Asked::new(&server.url, "POST", "/run/stream", "", &body);
+    asked.wait_for("event: error");
     server.end();
 
     let server = Server::start(&host, &["--allow-host-access"]);

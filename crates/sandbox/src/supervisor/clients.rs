@@ -94,8 +94,8 @@ impl Clients {
                 return Ok(());
             }
             ControlRequest::Ping => Ok(ControlReply::Done),
-            ControlRequest::Pause => self.still.pause().await.map(|()| ControlReply::Done),
-            ControlRequest::Resume => self.still.resume().await.map(|()| ControlReply::Done),
+            ControlRequest::Pause => self.set_paused(true).await,
+            ControlRequest::Resume => self.set_paused(false).await,
             ControlRequest::Save => {
                 let _alone = self.collecting.lock().await;
                 match self.still.save(&mut client, &self.exports).await {
@@ -199,6 +199,16 @@ impl Clients {
         let stream = self.open(&Request::Exec(Box::new(exec.clone()))).await?;
         let id = self.detached.start(&exec, interactive, stream)?;
         Ok(ControlReply::Detached { id })
+    }
+
+    async fn set_paused(&self, paused: bool) -> Result<ControlReply, Problem> {
+        if paused {
+            self.still.pause().await?
+        } else {
+            self.still.resume().await?
+        }
+        self.still.until_shown(paused).await;
+        Ok(ControlReply::Done)
     }
 
     fn rebase(&self, paths: Vec<Rebase>) {

@@ -71,8 +71,8 @@ impl Still {
         self.shown.send_replace(paused);
     }
 
-    /// Waits until others see it: who asked may look next.
-    async fn until_shown(&self, paused: bool) {
+    /// Waits until others see it: who asked may look next. Not for those who end the machine: then nobody shows it.
+    pub(super) async fn until_shown(&self, paused: bool) {
         // The sender is this one's own.
         let _ = self.shown.subscribe().wait_for(|shown| *shown == paused).await;
     }
@@ -82,7 +82,6 @@ impl Still {
         if !self.is_paused() {
             self.machine.pause().await.map_err(refused)?;
             self.paused.send_replace(true);
-            self.until_shown(true).await;
         }
         Ok(())
     }
@@ -92,7 +91,6 @@ impl Still {
         if self.is_paused() {
             self.machine.resume().await.map_err(refused)?;
             self.paused.send_replace(false);
-            self.until_shown(false).await;
             self.set_clock().await;
         }
         Ok(())

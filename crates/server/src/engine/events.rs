@@ -11,13 +11,14 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use agentkernel_sandbox::inspect::LogReader;
-use agentkernel_sandbox::state::{Home, SandboxDirectory};
+use agentkernel_sandbox::state::SandboxDirectory;
 use agentkernel_sandbox::{Problem, io};
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 
 use super::{Engine, Shared, blocking};
 use crate::model::LogEntry;
+use crate::problem::hidden;
 
 /// Entries that wait for a slow listener.
 pub(super) const QUEUE: usize = 1024;
@@ -57,8 +58,8 @@ impl Engine {
         let (engine, name) = (self.clone(), name.map(str::to_owned));
         blocking(move || {
             let directories = match &name {
-                Some(name) => vec![engine.look_up(name)?],
-                None => engine.home().list()?,
+                Some(name) => vec![engine.find(name)?.0],
+                None => engine.visible()?,
             };
             let mut entries = Vec::new();
             for directory in directories {
@@ -68,7 +69,7 @@ impl Engine {
                     Ok(read) => {
                         let skip = read.len().saturating_sub(ENTRIES);
                         let name = directory.name();
-                        entries.extend(read.into_iter().skip(skip).map(|entry| told(&name, entry)));
+                        entries.extend(read.into_iter().skip(skip).map(|entry| told(&engine, &name, entry)));
                     }
                     // Another one's damage hides nothing.
                     Err(_) if name.is_none() => {}
@@ -82,8 +83,9 @@ impl Engine {
     }
 }
 
-fn told(sandbox: &str, entry: agentkernel_sandbox::record::Entry) -> LogEntry {
-    LogEntry { timestamp: entry.time, sandbox: sandbox.to_owned(), event: entry.event, text: entry.text }
+fn told(engine: &Engine, sandbox: &str, entry: agentkernel_sandbox::record::Entry) -> LogEntry {
+    let text = hidden(engine, &entry.text);
+    LogEntry { timestamp: entry.time, sandbox: sandbox.to_owned(), event: entry.event, text }
 }
 
 /// Reads records while somebody listens, and tells of sandboxes that go.
@@ -96,11 +98,11 @@ pub(super) async fn watch(shared: Weak<Shared>) {
             known = None;
             continue;
         }
-        let home = shared.settings.home.clone();
+        let engine = Engine { shared: shared.clone() };
         let records = known.take();
         let read = tokio::task::spawn_blocking(move || {
-            let mut records = records.unwrap_or_else(|| Records::begin(&home));
-            let entries = records.read(&home);
+            let mut records = records.unwrap_or_else(|| Records::begin(&engine));
+            let entries = records.read(&engine);
             (records, entries)
         });
         let Ok((records, entries)) = read.await else { return };
@@ -119,14 +121,14 @@ struct Records {
 
 impl Records {
     /// From what is there now on.
-    fn begin(home: &Home) -> Self {
+    fn begin(engine: &Engine) -> Self {
         let mut records = Self { readers: HashMap::new() };
-        records.read(home);
+        records.read(engine);
         records
     }
 
-    fn read(&mut self, home: &Home) -> Vec<LogEntry> {
-        let all: Vec<SandboxDirectory> = home.list().unwrap_or_default();
+    fn read(&mut self, engine: &Engine) -> Vec<LogEntry> {
+        let all: Vec<SandboxDirectory> = engine.visible().unwrap_or_default();
         let mut entries = Vec::new();
         let present: Vec<PathBuf> = all.iter().map(|directory| directory.path().to_owned()).collect();
         self.readers.retain(|path, (name, _)| {
@@ -147,7 +149,7 @@ impl Records {
             let fresh = || (name.clone(), LogReader::new(directory.path()));
             let (_, reader) = self.readers.entry(directory.path().to_owned()).or_insert_with(fresh);
             let read = reader.read().unwrap_or_default();
-            entries.extend(read.into_iter().map(|entry| told(&name, entry)));
+            entries.extend(read.into_iter().map(|entry| told(engine, &name, entry)));
         }
         entries
     }

@@ -253,6 +253,9 @@ pub(super) fn exec_of(spec: &Spec, request: &ExecRequest) -> Result<Exec, Proble
         exec.directory = ByteBuf::from(directory(text)?.as_os_str().as_bytes());
     }
     match (&request.user, request.sudo) {
+        (Some(_), Some(true)) => {
+            return Err(plain("usage", "sudo and user are asked for at once", None));
+        }
         (Some(text), _) => exec.user = user(text)?,
         (None, Some(true)) => exec.user = "0:0".to_owned(),
         (None, _) => {}

@@ -99,6 +99,8 @@ impl Engine {
         let request = blocking(move || {
             let surroundings = &engine.settings().surroundings;
             let request = options.request(engine.home(), surroundings, &command)?.request;
+            // Also what the project's configuration names.
+            request.image.as_deref().map(|image| engine.image(image)).transpose()?;
             engine.grants().check(&Powers {
                 profile: request.profile,
                 workspace: request.workspace.as_ref(),
@@ -208,9 +210,10 @@ impl Held {
 
     /// Ends and removes it, and waits for that.
     pub(super) async fn release(mut self) -> Result<(), Problem> {
-        let (lease, directory) = (self.lease.take(), self.directory.take());
+        let (lease, directory, counted) = (self.lease.take(), self.directory.take(), self.counted.take());
         blocking(move || {
             end(lease, directory);
+            drop(counted);
             Ok(())
         })
         .await

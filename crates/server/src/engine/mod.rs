@@ -194,6 +194,13 @@ impl Engine {
         self.home().find(name)
     }
 
+    /// The sandboxes that clients may use.
+    fn visible(&self) -> Result<Vec<SandboxDirectory>, Problem> {
+        let may = |spec: &Spec| self.grants().check_spec(spec).is_ok();
+        let all = self.home().list()?.into_iter();
+        Ok(all.filter(|directory| Spec::load(directory.path()).is_ok_and(|spec| may(&spec))).collect())
+    }
+
     /// Paths of the host that clients are not told, and what stands for them.
     pub(crate) fn private_paths(&self) -> Vec<(String, &'static str)> {
         let settings = self.settings();

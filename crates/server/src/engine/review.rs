@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use agentkernel_sandbox::workspace::{
     self, ApplyOptions, ApplyReport, ChangeSet, DiffError, DiffOptions, FileDiff, Palette,
@@ -15,6 +16,8 @@ use crate::model::{Applied, ApplyRequest, Diff};
 
 /// Bytes of a unified diff that are given.
 pub(crate) const UNIFIED: usize = 4 << 20;
+/// How long a sandbox may take to say what it changed; one that is stopped is started for that.
+const PATIENCE: Duration = Duration::from_secs(180);
 /// Changed paths that are given one by one.
 const PATHS: usize = 20_000;
 const PLAIN: Palette = Palette { header: "", hunk: "", added: "", removed: "", reset: "", escape: false };
@@ -54,14 +57,24 @@ impl Engine {
     /// # Errors
     /// Code `no-changes`; if the project cannot be written. What conflicts is none: it is in the report.
     pub async fn apply(&self, name: Option<&str>, request: &ApplyRequest) -> Result<Applied, Problem> {
+        // To its end, whoever waits for that: what is half applied is worse than either.
+        let (engine, name, request) = (self.clone(), name.map(str::to_owned), request.clone());
+        let work = tokio::spawn(async move { engine.apply_whole(name.as_deref(), &request).await });
+        work.await.unwrap_or_else(|error| Err(plain("internal", error.to_string(), None)))
+    }
+
+    async fn apply_whole(&self, name: Option<&str>, request: &ApplyRequest) -> Result<Applied, Problem> {
         let (paths, exclude) = (relative(&request.paths)?, relative(&request.exclude)?);
         let dry_run = request.dry_run;
         let _alone = self.shared.review.lock().await;
         let set = self.changes(name).await?;
+        // Naming takes what could run on the host by itself: that is the host's.
+        let may_name = self.grants().host_access;
         let report = blocking(move || {
             let paths = review::relative(&set, &paths);
+            let named = if may_name { paths.clone() } else { Vec::new() };
             let exclude = review::relative(&set, &exclude);
-            review::apply(set, &ApplyOptions { named: paths.clone(), paths, exclude, dry_run })
+            review::apply(set, &ApplyOptions { named, paths, exclude, dry_run })
         })
         .await?;
         if let Some(name) = name.filter(|_| !dry_run) {
@@ -75,7 +88,9 @@ impl Engine {
             Some(name) => {
                 let (directory, _) = self.find(name)?;
                 let mut progress = |text: &str| tracing::debug!("{text}");
-                review::changes(&directory, &self.settings().program, &mut progress).await
+                let changes = review::changes(&directory, &self.settings().program, &mut progress);
+                let slow = |_| plain("guest-slow", "the sandbox does not say what it changed", None);
+                tokio::time::timeout(PATIENCE, changes).await.map_err(slow)?
             }
             None => {
                 let home = self.home().clone();

@@ -85,7 +85,7 @@ impl Engine {
                 Step::Ended(ended) => break ended,
             }
         };
-        run.finish(&said, ended).await
+        run.finish(said, ended).await
     }
 
     /// Runs commands at once, each in a temporary sandbox of its own.
@@ -200,17 +200,22 @@ impl Run {
                 Step::Ended(ended) => break ended,
             }
         };
-        let output = self.finish(&said, ended).await?;
+        let output = self.finish(said, ended).await?;
         let _ = tell.send(RunEvent::Done(Box::new(output))).await;
         Ok(())
     }
 
-    /// Takes the changes and ends the sandbox.
-    async fn finish(mut self, said: &Said, ended: Ended) -> Result<RunOutput, Problem> {
+    /// Takes the changes and ends the sandbox, whether or not somebody still waits for that.
+    async fn finish(self, said: Said, ended: Ended) -> Result<RunOutput, Problem> {
+        let work = tokio::spawn(self.finish_whole(said, ended));
+        work.await.unwrap_or_else(|error| Err(plain("internal", error.to_string(), None)))
+    }
+
+    async fn finish_whole(mut self, said: Said, ended: Ended) -> Result<RunOutput, Problem> {
         let path = self.held.sandbox()?.directory().path().to_owned();
         let decided = AuditReader::new(&path).read().map_err(io("read the network's record"))?;
         let apply = self.apply && ended.code == 0;
-        let mut output = outcome(said, ended);
+        let mut output = outcome(&said, ended);
         output.refusals = refusals(&decided);
         let taken = self.take_changes(apply).await;
         self.held.release().await?;

@@ -82,8 +82,16 @@ pub(crate) fn check(keys: &Keys, way: Way, uri: &Uri, headers: &HeaderMap) -> Re
         let message = "without an API key only requests whose Host is this machine are served";
         return Err(plain("not-local", message, hint));
     }
-    if !headers.get_all(header::ORIGIN).iter().all(|origin| is_local_origin(origin.as_bytes())) {
-        let message = "without an API key only pages of this machine are served";
+    // A page of another port of this machine's may be a sandbox's: only the server's own would be trusted.
+    let host = headers.get(header::HOST).map_or(&[][..], |host| host.as_bytes());
+    let own_page = |origin: &[u8]| {
+        let place = origin.strip_prefix(b"http://");
+        place.is_some_and(|place| place.eq_ignore_ascii_case(host))
+    };
+    let from = headers.get_all("sec-fetch-site").iter();
+    let from_elsewhere = { from }.any(|from| !matches!(from.as_bytes(), b"same-origin" | b"none"));
+    if from_elsewhere || !headers.get_all(header::ORIGIN).iter().all(|origin| own_page(origin.as_bytes())) {
+        let message = "without an API key no pages of other places are served";
         return Err(plain("not-local", message, hint));
     }
     Ok(())
@@ -105,13 +113,6 @@ fn is_for_this_machine(uri: &Uri, headers: &HeaderMap) -> bool {
     let [host] = hosts[..] else { return false };
     let host = host.to_str().ok().and_then(|host| host.parse::<Authority>().ok());
     host.is_some_and(|host| is_local(&host)) && uri.authority().is_none_or(is_local)
-}
-
-fn is_local_origin(origin: &[u8]) -> bool {
-    let uri = std::str::from_utf8(origin).ok().and_then(|origin| origin.parse::<Uri>().ok());
-    uri.is_some_and(|uri| {
-        matches!(uri.scheme_str(), Some("http" | "https")) && uri.authority().is_some_and(is_local)
-    })
 }
 
 fn is_local(authority: &Authority) -> bool {
@@ -176,8 +177,12 @@ mod tests {
             ("LOCALHOST:18888", None, true),
             ("127.0.0.1:1", None, true),
             ("127.9.9.9", None, true),
-            ("[::1]:18888", Some("http://localhost:3000"), true),
-            ("localhost", Some("https://127.0.0.1"), true),
+            ("[::1]:18888", Some("http://[::1]:18888"), true),
+            ("localhost", Some("http://LOCALHOST"), true),
+            // Another port's page may be a sandbox's.
+            ("localhost:18888", Some("http://localhost:3000"), false),
+            ("localhost:18888", Some("http://localhost"), false),
+            ("localhost", Some("https://localhost"), false),
             ("evil.example", None, false),
             ("localhost.evil.example", None, false),
             ("127.0.0.1.evil.example", None, false),
@@ -204,6 +209,12 @@ mod tests {
             asked(way, &none, "http://evil.example/health", &[("host", "localhost")]),
             Some("not-local".into())
         );
+        for (site, served) in
+            [("none", true), ("same-origin", true), ("same-site", false), ("cross-site", false)]
+        {
+            let pairs = [("host", "localhost"), ("sec-fetch-site", site)];
+            assert_eq!(asked(way, &none, "/health", &pairs).is_none(), served, "{site}");
+        }
         let other = Way::Tcp { own: false };
         assert_eq!(asked(other, &none, "/health", &[("host", "localhost")]), Some("not-local".into()));
         assert_eq!(asked(Way::Unix, &none, "/health", &[]), None);

@@ -19,7 +19,7 @@ use super::App;
 use super::access::{self, Way};
 use super::answer::{BODY, FILES_BODY, Failed};
 use crate::model::Failure;
-use crate::problem::shown;
+use crate::problem::{hidden, shown};
 
 /// Name of the header with a request's id.
 const ID: &str = "x-request-id";
@@ -84,7 +84,7 @@ pub(super) async fn guard(State(app): State<App>, mut request: Request, next: Ne
             success: false,
             error: shown(&app.engine, &problem),
             code: problem.code,
-            hint: problem.hint,
+            hint: problem.hint.map(|hint| hidden(&app.engine, &hint)),
             request_id: Some(id.clone()),
         };
         let (old, _) = response.into_parts();

@@ -174,28 +174,36 @@ async fn converse(
         let mut alive = tokio::time::interval(ALIVE);
         alive.reset();
         loop {
-            tokio::select! {
-                step = output.next() => match step {
-                    Some(Step::Said(bytes, _)) => {
-                        if sender.send(Message::Binary(bytes.into())).await.is_err() {
+            // Reading must not be cut short: the rest of a message would be taken for the next.
+            let next = output.next();
+            tokio::pin!(next);
+            let step = loop {
+                tokio::select! {
+                    step = &mut next => break step,
+                    _ = alive.tick() => {
+                        if sender.send(Message::Ping(Vec::new().into())).await.is_err() {
                             return Ok(None);
                         }
                     }
-                    Some(Step::Takes(count)) => {
-                        let missing = STDIN_WINDOW.saturating_sub(window.available_permits());
-                        window.add_permits(usize::try_from(count).unwrap_or(missing).min(missing));
-                    }
-                    Some(Step::Ended(ended)) => return match ended.error {
-                        Some(message) => Err(plain("not-started", message, None)),
-                        None => Ok(Some(ended.code)),
-                    },
-                    None => return Err(sandbox.failure().await),
-                },
-                _ = alive.tick() => {
-                    if sender.send(Message::Ping(Vec::new().into())).await.is_err() {
+                }
+            };
+            match step {
+                Some(Step::Said(bytes, _)) => {
+                    if sender.send(Message::Binary(bytes.into())).await.is_err() {
                         return Ok(None);
                     }
                 }
+                Some(Step::Takes(count)) => {
+                    let missing = STDIN_WINDOW.saturating_sub(window.available_permits());
+                    window.add_permits(usize::try_from(count).unwrap_or(missing).min(missing));
+                }
+                Some(Step::Ended(ended)) => {
+                    return match ended.error {
+                        Some(message) => Err(plain("not-started", message, None)),
+                        None => Ok(Some(ended.code)),
+                    };
+                }
+                None => return Err(sandbox.failure().await),
             }
         }
     };

@@ -159,7 +159,8 @@ pub(super) struct Apply {
     /// Name or UUID of the sandbox; without one, the last sandbox_run's changes.
     #[serde(default)]
     pub name: Option<String>,
-    /// Only these paths, relative to the project; all if there are none. What is held back is taken if it is named.
+    /// Only these paths, relative to the project; all if there are none. What is held back is
+    /// taken if it is named and the server was started with --allow-host-access.
     #[serde(default)]
     pub paths: Vec<String>,
     /// Not these paths.

@@ -63,7 +63,7 @@ pub(super) fn of_diff(diff: &Diff) -> String {
     for file in &diff.files {
         let field = |name: &str| file.get(name).and_then(|value| value.as_str());
         let path = field("path").unwrap_or_default();
-        for (name, what) in [("conflict", "conflicts"), ("held_back", "is held back unless it is named")] {
+        for (name, what) in [("conflict", "conflicts"), ("held_back", "is held back")] {
             if let Some(why) = field(name) {
                 let _ = write!(text, "\n[{path} {what}: {why}]");
             }

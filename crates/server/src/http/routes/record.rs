@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 
+use agentkernel_sandbox::plain;
 use axum::extract::State;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use futures::Stream;
@@ -39,9 +40,12 @@ pub(crate) struct AuditQuery {
 #[utoipa::path(get, path = "/audit", tag = "record", params(AuditQuery),
     responses((status = 200, description = "The newest entries.", body = Envelope<Vec<LogEntry>>)))]
 pub(crate) async fn audit(State(app): State<App>, Query(query): Query<AuditQuery>) -> Answer<Vec<LogEntry>> {
+    if query.limit.is_some_and(|limit| limit == 0 || limit > MOST) {
+        return Err(plain("query", format!("limit is 1 to {MOST}"), None).into());
+    }
     let mut entries = app.engine.record(None).await?;
     entries.retain(|entry| entry.event != "console");
-    let limit = query.limit.unwrap_or(ENTRIES).min(MOST);
+    let limit = query.limit.unwrap_or(ENTRIES);
     let skip = entries.len().saturating_sub(limit);
     ok(entries.split_off(skip))
 }

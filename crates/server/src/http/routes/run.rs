@@ -65,7 +65,8 @@ async fn follow(app: App, pending: Pending, events: mpsc::Sender<Event>) {
         return;
     }
     let (said, mut said_to_us) = mpsc::channel(QUEUE);
-    let work = async {
+    // What says something goes with it: then there is nothing more to tell.
+    let work = async move {
         let run = pending.start().await?;
         run.stream(&said).await
     };

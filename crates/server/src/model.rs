@@ -5,7 +5,8 @@
 use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::de::{Error as _, IgnoredAny};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
@@ -86,16 +87,16 @@ macro_rules! sandbox_request {
             pub network: Option<Network>,
             /// What it may reach: NAME, *.NAME, an address or a range, each with :PORT and /udp if wanted. With network
             /// none it reaches nothing else.
-            #[serde(default)]
+            #[serde(default, deserialize_with = "or_nothing")]
             pub allow: Vec<String>,
             /// What it may not reach, whatever is allowed.
-            #[serde(default)]
+            #[serde(default, deserialize_with = "or_nothing")]
             pub deny: Vec<String>,
             /// Named volumes, `NAME:/path` or `NAME:/path:ro`; directories of the host only where the server grants that.
-            #[serde(default)]
+            #[serde(default, deserialize_with = "or_nothing")]
             pub volumes: Vec<String>,
             /// Variables, `K=V`.
-            #[serde(default)]
+            #[serde(default, deserialize_with = "or_nothing")]
             pub env: Vec<String>,
             /// Where commands start.
             #[serde(default)]
@@ -130,6 +131,22 @@ macro_rules! sandbox_request {
             }
         }
     };
+}
+
+/// What is said; nothing, if a client writes null for what it leaves out.
+fn or_nothing<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Option::deserialize(deserializer).map(Option::unwrap_or_default)
+}
+
+fn no_source<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(), D::Error> {
+    match Option::<IgnoredAny>::deserialize(deserializer)? {
+        None => Ok(()),
+        Some(_) => Err(D::Error::custom("source_url and source_ref are not known: clone in the sandbox")),
+    }
 }
 
 const fn yes() -> bool {
@@ -181,11 +198,21 @@ sandbox_request! {
         #[serde(default)]
         pub ttl: Option<String>,
         /// Words of the client's own, to find it by.
-        #[serde(default)]
+        #[serde(default, deserialize_with = "or_nothing")]
         pub labels: BTreeMap<String, String>,
         /// Ports of the host that lead into it: `[BIND:]HOST:GUEST[/udp]`, on 127.0.0.1 unless the server grants another.
-        #[serde(default)]
+        #[serde(default, deserialize_with = "or_nothing")]
         pub ports: Vec<String>,
+        /// What clients of 0.18 name even if they want none of it.
+        #[serde(default, deserialize_with = "no_source")]
+        #[schemars(skip)]
+        #[schema(ignore)]
+        pub source_url: (),
+        /// The same.
+        #[serde(default, deserialize_with = "no_source")]
+        #[schemars(skip)]
+        #[schema(ignore)]
+        pub source_ref: (),
     }
 }
 

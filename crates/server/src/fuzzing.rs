@@ -53,9 +53,7 @@ pub fn head(text: &[u8]) {
     let mut keys = Keys::default();
     if check(&keys, Way::Tcp { own: true }, &uri, &headers).is_ok() {
         let host = headers[header::HOST].to_str().expect("it was read").to_ascii_lowercase();
-        assert!(
-            ["localhost", "127.", "[::1]", "[::ffff:7f", "[0"].iter().any(|local| host.starts_with(local))
-        );
+        assert!(["localhost", "127.", "["].iter().any(|local| host.starts_with(local)));
         let origins = headers.get_all(header::ORIGIN).iter();
         assert!({ origins }.all(|origin| origin.as_bytes().starts_with(b"http")));
     }

@@ -223,7 +223,7 @@ def places():
         assert ask("GET", "/health", headers={"host": host, "origin": f"http://{host}", "sec-fetch-site": "same-origin"})[0] == 200
     # A page may send a form, but no JSON without asking first, and that is not answered.
     refused(415, "media-type", "POST", "/run", b"a=b", headers={"content-type": "application/x-www-form-urlencoded"})
-    refused(405, "method", "OPTIONS", "/run", headers={"origin": "http://localhost"})
+    refused(405, "method", "OPTIONS", "/run", headers={"origin": f"http://{HOST}:{PORT}"})
 
 
 def healthy():

@@ -94,13 +94,13 @@ async def main():
         assert time.monotonic() < deadline, "the command of who is gone is there"
         await asyncio.sleep(0.5)
     # A page of the web opens no terminal: its browser says whose it is.
-    for origin, status in (("http://evil.example", 403), ("null", 403)):
+    for origin, status in (("http://evil.example", 403), ("null", 403), ("http://localhost:3000", 403)):
         try:
             async with connect(PLACE, origin=origin):
                 raise SystemExit(f"{origin} opened a terminal")
         except InvalidStatus as error:
             assert error.response.status_code == status, error
-    async with connect(PLACE, origin="http://localhost:3000") as socket:
+    async with connect(PLACE, origin=URL) as socket:
         await socket.send(json.dumps({"command": ["true"]}))
         assert await last(socket) == {"exit_code": 0}
     for place, status in ((PLACE.replace("/dev/", "/nobody/"), 404), (f"{PLACE}/x", 404)):

@@ -1,5 +1,7 @@
 //! What clients ask and are told: the API's contract, in one place for both doors.
 //!
+//! One file, though a long one: it is read as a whole, and next to nothing in it is code.
+//!
 //! Requests refuse what they do not know. Names and meanings of fields that the published clients use are theirs.
 
 use std::collections::BTreeMap;
@@ -174,7 +176,7 @@ pub(crate) struct MachineOptions<'a> {
 sandbox_request! {
     /// A command in a temporary sandbox.
     pub struct RunRequest {
-        /// The command and its arguments.
+        /// The command and its arguments; `["sh", "-c", "..."]` for a shell's line.
         #[schemars(length(min = 1))]
         #[schema(min_items = 1)]
         pub command: Vec<String>,
@@ -220,14 +222,14 @@ sandbox_request! {
 #[derive(Clone, Debug, Default, Deserialize, ToSchema, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ExecRequest {
-    /// The command and its arguments.
+    /// The command and its arguments; `["sh", "-c", "..."]` for a shell's line.
     #[schemars(length(min = 1))]
     #[schema(min_items = 1)]
     pub command: Vec<String>,
     /// Variables, `K=V`.
     #[serde(default)]
     pub env: Vec<String>,
-    /// Where it starts.
+    /// Where it starts: an absolute path of the sandbox's.
     #[serde(default)]
     pub workdir: Option<String>,
     /// Run it as root of the guest.
@@ -408,7 +410,7 @@ pub struct DetachedCommand {
     pub id: String,
     /// Its sandbox.
     pub sandbox: String,
-    /// The command and its arguments.
+    /// The command and its arguments; `["sh", "-c", "..."]` for a shell's line.
     pub command: Vec<String>,
     /// Its process id in the guest; 0 if it did not begin.
     pub pid: u32,
@@ -434,6 +436,16 @@ pub enum DetachedStatus {
     Completed,
     /// It ended otherwise, did not begin, or its sandbox ended under it.
     Failed,
+}
+
+/// A stream of a command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ToSchema, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Stream {
+    /// Standard output, or the terminal's.
+    Stdout,
+    /// Standard error.
+    Stderr,
 }
 
 /// What a detached command said, as far as it is kept.
@@ -484,7 +496,7 @@ pub struct WriteRequest {
 #[derive(Clone, Debug, Default, Deserialize, ToSchema, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct WriteManyRequest {
-    /// Content by path.
+    /// Whole content by path: absolute, or relative to where commands start (the project).
     pub files: BTreeMap<String, String>,
 }
 

@@ -64,10 +64,7 @@ pub(super) fn settings(
         let hint = "add --allow-host-access, or leave --profile out";
         return Err(plain("usage", "profile permissive reads and writes what is the host's", Some(hint)));
     }
-    let configuration = match &arguments.config {
-        Some(path) => Some(surroundings.current_directory.join(path)),
-        None => None,
-    };
+    let configuration = arguments.config.as_ref().map(|path| surroundings.current_directory.join(path));
     // Wrong now is better than wrong with every request.
     options::configuration(
         configuration.as_deref(),
@@ -196,6 +193,10 @@ fn read(path: &Path) -> Result<String, Problem> {
     let what = || format!("read the API keys in {}", path.display());
     let file = std::fs::File::open(path).map_err(io(what()))?;
     let mut text = String::new();
-    file.take(KEY_FILE).read_to_string(&mut text).map_err(io(what()))?;
+    file.take(KEY_FILE + 1).read_to_string(&mut text).map_err(io(what()))?;
+    if text.len() as u64 > KEY_FILE {
+        let message = format!("{} is larger than {} KiB", path.display(), KEY_FILE >> 10);
+        return Err(plain("usage", message, Some("write one key a line")));
+    }
     Ok(text)
 }

@@ -294,7 +294,16 @@ impl Drop for Host {
 /// A running program whose output is read as it comes.
 pub(crate) struct Running {
     pub child: Child,
-    pub lines: std::io::BufReader<std::process::ChildStdout>,
+    /// Its output, until somebody closes that.
+    pub lines: Option<std::io::BufReader<std::process::ChildStdout>>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Of a test that failed; who was waited for is gone.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 impl Running {
@@ -302,13 +311,13 @@ impl Running {
     pub(crate) fn start(mut command: Command) -> Self {
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let lines = std::io::BufReader::new(child.stdout.take().unwrap());
-        Self { child, lines }
+        Self { child, lines: Some(lines) }
     }
 
     /// The next line of output, with its end.
     pub(crate) fn line(&mut self) -> String {
         let mut line = String::new();
-        std::io::BufRead::read_line(&mut self.lines, &mut line).unwrap();
+        std::io::BufRead::read_line(self.lines.as_mut().unwrap(), &mut line).unwrap();
         line
     }
 
@@ -322,7 +331,7 @@ impl Running {
             String::from_utf8_lossy(&text).into_owned()
         });
         let mut rest = Vec::new();
-        self.lines.read_to_end(&mut rest).unwrap();
+        self.lines.take().unwrap().read_to_end(&mut rest).unwrap();
         let status = wait(&mut self.child);
         let code = status.code().unwrap_or_else(|| 1000 + status.signal().unwrap_or(0));
         (code, String::from_utf8_lossy(&rest).into_owned(), stderr.join().unwrap())

@@ -66,7 +66,7 @@ fn a_reader_that_goes_away_ends_the_command_as_a_pipe_would() {
     let host = Host::new();
     let mut run = Running::start(host.command(&["run", "-q", "--workspace", "none", "--", "yes"]));
     assert_eq!(run.line(), "y\n");
-    drop(run.lines);
+    drop(run.lines.take());
     let status = crate::host::wait(&mut run.child);
     assert_eq!(status.code(), Some(128 + 13));
 }

@@ -79,7 +79,7 @@ fn a_file_that_changed_meanwhile_is_a_conflict_and_stays_as_it_is() {
     };
     assert_eq!(code, Some(125));
     let mut text = String::new();
-    std::io::Read::read_to_string(&mut run.lines, &mut text).unwrap();
+    std::io::Read::read_to_string(run.lines.as_mut().unwrap(), &mut text).unwrap();
     let report: serde_json::Value = serde_json::from_str(&text).unwrap();
     assert_eq!(report["exit_code"], 125);
     assert_eq!(report["applied"]["conflicts"][0]["path"], "shared.txt");

@@ -53,20 +53,9 @@ impl Capture {
     }
 }
 
-/// Length of the longest part of `bytes`, from their beginning, that does not end within a character.
+/// Length of the longest part of `bytes`, from their beginning, that does not end within a character, or with what is none.
 pub fn utf8_prefix(bytes: &[u8]) -> usize {
-    for back in 1..=bytes.len().min(3) {
-        let at = bytes.len() - back;
-        let width = match bytes[at] {
-            0b1100_0000..=0b1101_1111 => 2,
-            0b1110_0000..=0b1110_1111 => 3,
-            0b1111_0000..=0b1111_0111 => 4,
-            0b1000_0000..=0b1011_1111 => continue,
-            _ => return bytes.len(),
-        };
-        return if back < width { at } else { bytes.len() };
-    }
-    bytes.len()
+    bytes.len() - bytes.utf8_chunks().last().map_or(0, |chunk| chunk.invalid().len())
 }
 
 /// Standard output, standard error, and both as they came.

@@ -9,21 +9,12 @@ use agentkernel_sandbox::{Problem, io, plain, printable};
 use super::capture::Capture;
 use super::exec::exec_of;
 use super::{Engine, blocking};
-use crate::model::{DetachedCommand, DetachedLogs, DetachedStatus, ExecRequest};
+use crate::model::{DetachedCommand, DetachedLogs, DetachedStatus, ExecRequest, Stream};
 
 /// How long the guest may take to say which process it is.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often that is looked at.
 const GLANCE: Duration = Duration::from_millis(2);
-
-/// Which stream of a command's output.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stream {
-    /// Standard output, or the terminal's.
-    Stdout,
-    /// Standard error.
-    Stderr,
-}
 
 impl Engine {
     /// Starts a command that runs on.

@@ -33,7 +33,6 @@ use agentkernel_sandbox::{Problem, client, plain};
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, broadcast};
 
 pub use self::capture::{Capture, Said, utf8_prefix};
-pub use self::detached::Stream;
 pub use self::events::Watch;
 pub use self::exec::Interaction;
 pub(crate) use self::exec::Step;

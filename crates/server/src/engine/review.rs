@@ -10,7 +10,7 @@ use agentkernel_sandbox::workspace::{
 use agentkernel_sandbox::{Problem, plain, problem, review};
 use serde_json::Value;
 
-use super::launching::word;
+use super::launching::{completed, word};
 use super::{Engine, blocking};
 use crate::model::{Applied, ApplyRequest, Diff};
 
@@ -59,8 +59,8 @@ impl Engine {
     pub async fn apply(&self, name: Option<&str>, request: &ApplyRequest) -> Result<Applied, Problem> {
         // To its end, whoever waits for that: what is half applied is worse than either.
         let (engine, name, request) = (self.clone(), name.map(str::to_owned), request.clone());
-        let work = tokio::spawn(async move { engine.apply_whole(name.as_deref(), &request).await });
-        work.await.unwrap_or_else(|error| Err(plain("internal", error.to_string(), None)))
+        let work = async move { engine.apply_whole(name.as_deref(), &request).await };
+        completed(self, work, |_| Vec::new()).await
     }
 
     async fn apply_whole(&self, name: Option<&str>, request: &ApplyRequest) -> Result<Applied, Problem> {

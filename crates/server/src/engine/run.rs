@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use super::capture::Said;
 use super::exec::{Ended, Listener, Program, Step, outcome, permit, refusals};
-use super::launching::{Held, command, time};
+use super::launching::{Held, command, completed, time};
 use super::{Admitted, Engine, Place, blocking};
 use crate::model::{BatchOutput, BatchRequest, BatchResult, Changes, RunOutput, RunRequest};
 
@@ -207,8 +207,8 @@ impl Run {
 
     /// Takes the changes and ends the sandbox, whether or not somebody still waits for that.
     async fn finish(self, said: Said, ended: Ended) -> Result<RunOutput, Problem> {
-        let work = tokio::spawn(self.finish_whole(said, ended));
-        work.await.unwrap_or_else(|error| Err(plain("internal", error.to_string(), None)))
+        let engine = self.engine.clone();
+        completed(&engine, self.finish_whole(said, ended), |_| Vec::new()).await
     }
 
     async fn finish_whole(mut self, said: Said, ended: Ended) -> Result<RunOutput, Problem> {

@@ -1,13 +1,14 @@
 //! What tools take. Every field acts; what is not known is refused.
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
 
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use schemars::{JsonSchema, Schema, SchemaGenerator};
+use serde::de::{DeserializeOwned, Error};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value, json};
 
 use crate::model::{
-    ApplyRequest, DetachedCommand, Encoding, ExecRequest, ForkRequest, RestoreRequest, SandboxInfo,
-    SnapshotInfo, StopRequest,
+    ApplyRequest, DetachedCommand, Encoding, RestoreRequest, SandboxInfo, SnapshotInfo, Stream,
 };
 
 /// A sandbox.
@@ -18,57 +19,40 @@ pub(super) struct Named {
     pub name: String,
 }
 
-/// A command in a sandbox that runs.
-#[derive(Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Exec {
-    /// Name or UUID of the sandbox.
+/// A request of the HTTP API's about a sandbox: what there is in the path is a field here.
+#[derive(Debug)]
+pub(super) struct Of<T> {
     pub name: String,
-    /// The command and its arguments; ["sh", "-c", "..."] for a shell's line.
-    #[schemars(length(min = 1))]
-    pub command: Vec<String>,
-    /// Variables, K=V.
-    #[serde(default)]
-    pub env: Vec<String>,
-    /// Where it starts: an absolute path of the sandbox's.
-    #[serde(default)]
-    pub workdir: Option<String>,
-    /// Run it as root of the sandbox.
-    #[serde(default)]
-    pub sudo: Option<bool>,
-    /// Run it as this user: a name or id of the sandbox's.
-    #[serde(default)]
-    pub user: Option<String>,
-    /// Kill it and all it started after this time, such as 30s or 5m.
-    #[serde(default)]
-    pub timeout: Option<String>,
+    pub request: T,
 }
 
-impl Exec {
-    /// The sandbox, and the request.
-    pub(super) fn split(self) -> (String, ExecRequest) {
-        let Self { name, command, env, workdir, sudo, user, timeout } = self;
-        (name, ExecRequest { command, env, workdir, sudo, user, timeout })
+impl<'de, T: DeserializeOwned> Deserialize<'de> for Of<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut fields = Map::deserialize(deserializer)?;
+        let name = fields.remove("name").ok_or_else(|| D::Error::missing_field("name"))?;
+        let name = String::deserialize(name).map_err(D::Error::custom)?;
+        let request = T::deserialize(Value::Object(fields)).map_err(D::Error::custom)?;
+        Ok(Self { name, request })
     }
 }
 
-/// A sandbox to be stopped.
-#[derive(Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Stop {
-    /// Name or UUID of the sandbox.
-    pub name: String,
-    /// Time between asking its programs to end and killing them, such as 5s; 10s if nothing is said.
-    #[serde(default)]
-    pub grace: Option<String>,
-    /// End it as if the power was cut.
-    #[serde(default)]
-    pub force: bool,
-}
+impl<T: JsonSchema> JsonSchema for Of<T> {
+    fn schema_name() -> Cow<'static, str> {
+        format!("{}Of", T::schema_name()).into()
+    }
 
-impl Stop {
-    pub(super) fn split(self) -> (String, StopRequest) {
-        (self.name, StopRequest { grace: self.grace, force: self.force })
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let mut schema = T::json_schema(generator);
+        let fields = schema.ensure_object();
+        let name = json!({ "type": "string", "description": "Name or UUID of the sandbox." });
+        let empty = || json!({});
+        if let Some(properties) = fields.entry("properties").or_insert_with(empty).as_object_mut() {
+            properties.insert("name".to_owned(), name);
+        }
+        if let Some(required) = fields.entry("required").or_insert_with(|| json!([])).as_array_mut() {
+            required.push(json!("name"));
+        }
+        schema
     }
 }
 
@@ -97,16 +81,6 @@ pub(super) struct FileWrite {
     pub encoding: Option<Encoding>,
 }
 
-/// Text files for a sandbox.
-#[derive(Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct FilesWrite {
-    /// Name or UUID of the sandbox.
-    pub name: String,
-    /// Whole content by path; paths as for sandbox_file_write.
-    pub files: BTreeMap<String, String>,
-}
-
 /// A detached command.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -127,17 +101,7 @@ pub(super) struct DetachedLogs {
     pub id: String,
     /// stdout or stderr; both if nothing is said.
     #[serde(default)]
-    pub stream: Option<StreamName>,
-}
-
-/// A stream of a command.
-#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum StreamName {
-    /// Standard output.
-    Stdout,
-    /// Standard error.
-    Stderr,
+    pub stream: Option<Stream>,
 }
 
 /// Whose changes, and which.
@@ -174,27 +138,6 @@ pub(super) struct Apply {
 impl Apply {
     pub(super) fn split(self) -> (Option<String>, ApplyRequest) {
         (self.name, ApplyRequest { paths: self.paths, exclude: self.exclude, dry_run: self.dry_run })
-    }
-}
-
-/// Copies of a sandbox that runs.
-#[derive(Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Fork {
-    /// Name or UUID of the sandbox.
-    pub name: String,
-    /// Name of the copy; with a count, what their names begin with: NAME-1, NAME-2 and so on.
-    #[serde(rename = "as")]
-    pub new_name: String,
-    /// How many copies.
-    #[serde(default)]
-    #[schemars(range(min = 1, max = 256))]
-    pub count: Option<u16>,
-}
-
-impl Fork {
-    pub(super) fn split(self) -> (String, ForkRequest) {
-        (self.name, ForkRequest { new_name: self.new_name, count: self.count })
     }
 }
 

@@ -13,15 +13,16 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use super::parameters::{
-    Apply, Changes, Commands, Detached, DetachedLogs, Done, Exec, FilePath, FileWrite, FilesWrite, Fork,
-    Named, Nothing, Restore, Sandboxes, SnapshotName, Snapshots, Stop, StreamName,
+    Apply, Changes, Commands, Detached, DetachedLogs, Done, FilePath, FileWrite, Named, Nothing, Of, Restore,
+    Sandboxes, SnapshotName, Snapshots,
 };
 use super::service::{Service, Waiting};
 use super::words;
-use crate::engine::{Engine, Stream};
+use crate::engine::Engine;
 use crate::model::{
-    Applied, CreateRequest, DetachedCommand, Diff, FileContent, RunOutput, RunRequest, SandboxInfo,
-    SnapshotInfo, SnapshotRequest, WriteManyRequest, WriteRequest, Written,
+    Applied, CreateRequest, DetachedCommand, Diff, ExecRequest, FileContent, ForkRequest, RunOutput,
+    RunRequest, SandboxInfo, SnapshotInfo, SnapshotRequest, StopRequest, WriteManyRequest, WriteRequest,
+    Written,
 };
 use crate::problem::shown;
 
@@ -83,8 +84,8 @@ impl Service {
         name = "sandbox_exec", output_schema = schema_for_output::<RunOutput>(),
         annotations(title = "Run in a sandbox", destructive_hint = false, open_world_hint = true)
     )]
-    async fn exec(&self, Parameters(request): Parameters<Exec>, context: Context) -> Told {
-        let (name, request) = request.split();
+    async fn exec(&self, Parameters(request): Parameters<Of<ExecRequest>>, context: Context) -> Told {
+        let Of { name, request } = request;
         let (line, mut said) = listener();
         let output =
             self.followed(context, line, self.engine.exec(&name, &request, OUTPUT, &mut said)).await?;
@@ -156,10 +157,10 @@ impl Service {
     )]
     async fn stop(
         &self,
-        Parameters(request): Parameters<Stop>,
+        Parameters(request): Parameters<Of<StopRequest>>,
         context: Context,
     ) -> Result<Json<SandboxInfo>, String> {
-        let (name, request) = request.split();
+        let Of { name, request } = request;
         self.call(context, self.engine.stop(&name, &request)).await
     }
 
@@ -214,11 +215,11 @@ impl Service {
     )]
     async fn write_files(
         &self,
-        Parameters(files): Parameters<FilesWrite>,
+        Parameters(files): Parameters<Of<WriteManyRequest>>,
         context: Context,
     ) -> Result<Json<Written>, String> {
-        let FilesWrite { name, files } = files;
-        self.call(context, self.engine.write_files(&name, WriteManyRequest { files })).await
+        let Of { name, request } = files;
+        self.call(context, self.engine.write_files(&name, request)).await
     }
 
     /// Start a command in a sandbox that runs on, such as a server or a long build; its id is for the other sandbox_exec_
@@ -229,10 +230,10 @@ impl Service {
     )]
     async fn exec_detach(
         &self,
-        Parameters(request): Parameters<Exec>,
+        Parameters(request): Parameters<Of<ExecRequest>>,
         context: Context,
     ) -> Result<Json<DetachedCommand>, String> {
-        let (name, request) = request.split();
+        let Of { name, request } = request;
         self.call(context, self.engine.detach(&name, &request)).await
     }
 
@@ -259,11 +260,7 @@ impl Service {
         Parameters(logs): Parameters<DetachedLogs>,
         context: Context,
     ) -> Result<Json<crate::model::DetachedLogs>, String> {
-        let stream = logs.stream.map(|name| match name {
-            StreamName::Stdout => Stream::Stdout,
-            StreamName::Stderr => Stream::Stderr,
-        });
-        self.call(context, self.engine.detached_logs(&logs.name, &logs.id, stream, OUTPUT)).await
+        self.call(context, self.engine.detached_logs(&logs.name, &logs.id, logs.stream, OUTPUT)).await
     }
 
     /// Kill a detached command with all it started.
@@ -337,10 +334,10 @@ impl Service {
     )]
     async fn fork(
         &self,
-        Parameters(request): Parameters<Fork>,
+        Parameters(request): Parameters<Of<ForkRequest>>,
         context: Context,
     ) -> Result<Json<Sandboxes>, String> {
-        let (name, request) = request.split();
+        let Of { name, request } = request;
         let work = async { Ok(Sandboxes { sandboxes: self.engine.fork(&name, &request).await? }) };
         self.followed(context, listener().0, work).await
     }

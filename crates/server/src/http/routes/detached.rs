@@ -2,12 +2,12 @@
 
 use axum::extract::State;
 use serde::Deserialize;
-use utoipa::{IntoParams, ToSchema};
+use utoipa::IntoParams;
 
 use super::super::App;
 use super::super::answer::{Answer, Body, Made, Path, Query, made, ok};
-use crate::engine::{OUTPUT, Stream};
-use crate::model::{DetachedCommand, DetachedLogs, Envelope, ExecRequest};
+use crate::engine::OUTPUT;
+use crate::model::{DetachedCommand, DetachedLogs, Envelope, ExecRequest, Stream};
 
 /// Start a command that runs on.
 #[utoipa::path(post, path = "/sandboxes/{name}/exec/detach", tag = "exec", params(("name" = String, Path)),
@@ -45,17 +45,7 @@ pub(crate) async fn status(
 pub(crate) struct LogsQuery {
     /// One stream; both if nothing is said.
     #[param(inline)]
-    stream: Option<StreamName>,
-}
-
-/// A stream.
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-enum StreamName {
-    /// Standard output, or the terminal's.
-    Stdout,
-    /// Standard error.
-    Stderr,
+    stream: Option<Stream>,
 }
 
 /// What a detached command said, as far as it is kept.
@@ -67,11 +57,7 @@ pub(crate) async fn logs(
     Path((name, id)): Path<(String, String)>,
     Query(query): Query<LogsQuery>,
 ) -> Answer<DetachedLogs> {
-    let stream = query.stream.map(|name| match name {
-        StreamName::Stdout => Stream::Stdout,
-        StreamName::Stderr => Stream::Stderr,
-    });
-    ok(app.engine.detached_logs(&name, &id, stream, OUTPUT).await?)
+    ok(app.engine.detached_logs(&name, &id, query.stream, OUTPUT).await?)
 }
 
 /// Kill a detached command with all it started.

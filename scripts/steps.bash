@@ -1,5 +1,6 @@
 # Sourced: runs named steps one after the other, goes on after a failure, and ends with a list of all of them.
-# If STEPS_FILE is set, each outcome is appended to it for a caller that sums up several scripts.
+# If STEPS_FILE is set, each outcome is appended to it for a caller that sums up several scripts, and what a step that
+# failed said last to STEPS_FILE.said.
 
 steps_names=()
 steps_results=()
@@ -7,10 +8,25 @@ steps_failed=0
 
 # step NAME COMMAND...
 step() {
-    local name=$1 begun=$SECONDS result=ok
+    local name=$1 begun=$SECONDS result=ok attempt said writer
     shift
     printf '\n==> %s\n' "$name"
-    "$@" || result="FAILED ($?)"
+    if [ -n "${STEPS_FILE-}" ]; then
+        exec {said}> >(exec tee -- "$STEPS_FILE.step")
+        writer=$!
+        "$@" >&"$said" 2>&1 {said}>&- || result="FAILED ($?)"
+        exec {said}>&-
+        # Its end is waited for, but not for ever: a step may leave something running.
+        for attempt in 1 2 3 4 5; do
+            kill -0 "$writer" 2>/dev/null || break
+            sleep 0.2
+        done
+        if [ "$result" != ok ]; then
+            { printf '\n==> The end of: %s\n' "$name"; tail -n 120 -- "$STEPS_FILE.step"; } >>"$STEPS_FILE.said"
+        fi
+    else
+        "$@" || result="FAILED ($?)"
+    fi
     [ "$result" = ok ] || steps_failed=$((steps_failed + 1))
     steps_names+=("$name")
     steps_results+=("$(printf '%5d s  %s' $((SECONDS - begun)) "$result")")

@@ -1013,7 +1013,7 @@ pub(crate) struct ServeArguments {
     #[arg(long, value_name = "KEY")]
     pub api_key: Vec<String>,
     /// Serve whoever sends one of the keys in this file, a line each. Without a flag, AGENTKERNEL_API_KEY is taken, then
-    /// [api] of agentkernel.toml.
+    /// `[api]` of agentkernel.toml.
     #[arg(long, value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
     /// Commands in temporary sandboxes at once [default: four for each processor, at least 8].

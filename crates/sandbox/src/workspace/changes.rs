@@ -9,7 +9,7 @@
 //! ```
 //!
 //! One file for all contents, because a set of 100 000 small files is then made durable by one `fsync`.
-//! [`ChangeRecorder`](super::ChangeRecorder) writes a set, [`apply`](super::apply) takes entries out of it.
+//! [`ChangeRecorder`](super::ChangeRecorder) writes a set, [`apply`](super::apply()) takes entries out of it.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};

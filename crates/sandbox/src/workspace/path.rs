@@ -153,7 +153,7 @@ enum Text<'a> {
 }
 
 pub(super) mod os_text {
-    //! `serde(with)` for operating-system strings, see [`Text`](super::Text).
+    //! `serde(with)` for operating-system strings, see [`Text`].
     use super::*;
 
     pub(in super::super) fn serialize<S: Serializer>(

@@ -5,7 +5,7 @@
 //!         └► admission: a place among the runs, or in the queue before them
 //! ```
 //! It reads and writes the same state directory as the command line: what one makes, the other sees. Whatever a client
-//! began and did not wait for is ended: see [`Held`].
+//! began and did not wait for is ended (`launching::Held`).
 
 mod capture;
 mod detached;

@@ -317,7 +317,7 @@ impl Draft {
         &self.path
     }
 
-    /// Gives it its lasting name, at which there must be nothing.
+    /// Gives it its lasting name, at which there must be nothing: `name-taken` if another was first.
     pub(crate) fn keep(self, target: &Path) -> Result<(), Problem> {
         let keep = || -> std::io::Result<()> {
             let parent = self.path.parent().unwrap_or(Path::new("."));
@@ -326,7 +326,13 @@ impl Draft {
             let (cwd, flags) = (rustix::fs::CWD, rustix::fs::RenameFlags::NOREPLACE);
             Ok(rustix::fs::renameat_with(cwd, &self.path, cwd, target, flags)?)
         };
-        keep().map_err(io(format!("name {}", target.display())))
+        keep().map_err(|error| {
+            if error.kind() == std::io::ErrorKind::AlreadyExists {
+                let name = target.file_name().unwrap_or_default().display();
+                return plain("name-taken", format!("there is one called {name} already"), None);
+            }
+            io(format!("name {}", target.display()))(error)
+        })
     }
 }
 

@@ -71,7 +71,9 @@ pub async fn take(directory: &SandboxDirectory, name: &str) -> Result<(Snapshot,
             let message = format!("{} has never run: there is nothing to take", directory.name());
             return Err(plain("never-ran", message, Some("agentkernel start it first")));
         }
-        disk::copy(&source, &draft.path().join(disk::FILE_NAME))?;
+        let target = draft.path().join(disk::FILE_NAME);
+        let copied = tokio::task::spawn_blocking(move || disk::copy(&source, &target)).await;
+        copied.map_err(|error| plain("snapshot", error.to_string(), None))??;
         (false, Duration::ZERO)
     } else {
         let sandbox = Sandbox::open(directory.clone())?;
@@ -105,8 +107,14 @@ pub fn list(home: &Home) -> Result<Vec<Snapshot>, Problem> {
     let what = || format!("list {}", home.snapshots().display());
     for entry in fs::read_dir(home.snapshots()).map_err(io(what()))? {
         let name = entry.map_err(io(what()))?.file_name().to_string_lossy().into_owned();
-        if !name.starts_with('.') {
-            all.push(find(home, &name)?);
+        if name.starts_with('.') {
+            continue;
+        }
+        match find(home, &name) {
+            Ok(snapshot) => all.push(snapshot),
+            // Removed meanwhile.
+            Err(problem) if problem.code == "not-found" => {}
+            Err(problem) => return Err(problem),
         }
     }
     all.sort_by(|one, other| one.name.cmp(&other.name));

@@ -221,10 +221,16 @@ impl Spec {
     /// Reads the spec of a sandbox.
     ///
     /// # Errors
-    /// If it is missing or no spec.
+    /// If it is missing or no spec; `not-found` if the directory is gone.
     pub fn load(directory: &Path) -> Result<Self, Problem> {
         let path = directory.join(FILE_NAME);
-        let text = std::fs::read(&path).map_err(io(format!("read {}", path.display())))?;
+        let text = std::fs::read(&path).map_err(|error| {
+            if error.kind() == std::io::ErrorKind::NotFound && !directory.exists() {
+                let name = directory.file_name().unwrap_or_default().display();
+                return plain("not-found", format!("{name} was just removed"), None);
+            }
+            io(format!("read {}", path.display()))(error)
+        })?;
         serde_json::from_slice(&text)
             .map_err(|error| plain("spec", format!("{} is damaged: {error}", path.display()), None))
     }

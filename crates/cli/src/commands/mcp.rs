@@ -3,9 +3,9 @@
 use agentkernel_sandbox::Problem;
 use agentkernel_server::engine::Engine;
 use agentkernel_server::mcp;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::SignalKind;
 
-use super::serve::{default_runs, runtime, settings};
+use super::serve::{default_runs, handled, runtime, settings};
 use crate::arguments::McpArguments;
 use crate::environment;
 
@@ -19,9 +19,7 @@ pub(super) fn mcp(arguments: &McpArguments) -> Result<u8, Problem> {
     let runtime = runtime()?;
     let served = runtime.block_on(async {
         let engine = Engine::new(settings);
-        let Ok(mut terminate) = signal(SignalKind::terminate()) else {
-            return mcp::serve_stdio(engine).await;
-        };
+        let mut terminate = handled(SignalKind::terminate())?;
         let result = tokio::select! {
             result = mcp::serve_stdio(engine.clone()) => result,
             _ = terminate.recv() => Ok(()),

@@ -10,7 +10,7 @@ use agentkernel_sandbox::state::Home;
 use agentkernel_sandbox::{Problem, io, plain};
 use agentkernel_server::engine::{Engine, Grants, Settings};
 use agentkernel_server::http::{self, Keys, Place};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::images;
 use crate::arguments::{GrantArguments, ServeArguments};
@@ -95,6 +95,8 @@ async fn run(arguments: &ServeArguments, home: &Home, settings: Settings, keys: 
         None => Place::UnixIfFree(home.path().join(SOCKET)),
     });
     let keyless = keys.is_empty();
+    // Before anybody is told that it serves: from then on it ends in order.
+    let signals = (handled(SignalKind::interrupt())?, handled(SignalKind::terminate())?);
     let engine = Engine::new(settings);
     let listening = http::listen(engine.clone(), keys, &places).await?;
     for address in listening.addresses() {
@@ -114,18 +116,18 @@ async fn run(arguments: &ServeArguments, home: &Home, settings: Settings, keys: 
             None => ui::note("sandboxes share no project: none was found here"),
         }
     }
-    listening.serve(ended(arguments.quiet)).await?;
+    listening.serve(ended(signals, arguments.quiet)).await?;
     engine.settle_down().await;
     Ok(())
 }
 
+/// A signal that no longer ends the process by itself.
+pub(super) fn handled(kind: SignalKind) -> Result<Signal, Problem> {
+    signal(kind).map_err(io("handle signals"))
+}
+
 /// Waits for the first signal to end; the second ends at once.
-async fn ended(quiet: bool) {
-    let (Ok(mut interrupt), Ok(mut terminate)) =
-        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-    else {
-        return std::future::pending().await;
-    };
+async fn ended((mut interrupt, mut terminate): (Signal, Signal), quiet: bool) {
     tokio::select! {
         _ = interrupt.recv() => {}
         _ = terminate.recv() => {}

@@ -14,6 +14,7 @@ use agentkernel_sandbox::images::Images;
 use agentkernel_sandbox::launch::{self, Launch};
 use agentkernel_sandbox::options::{self, Options};
 use agentkernel_sandbox::project::WorkspaceMode;
+use agentkernel_sandbox::spec::Spec;
 use agentkernel_sandbox::state::SandboxDirectory;
 use agentkernel_sandbox::values::{self, Mount};
 use agentkernel_sandbox::{Problem, lifecycle, plain};
@@ -151,7 +152,7 @@ impl Engine {
         let held = blocking(move || client::create(&home, &spec, life, deadline.as_ref())).await?;
         // What could not be started was not created.
         let mut guard = Held {
-            directory: Some(held.directory.clone()),
+            directory: Some((held.directory.clone(), launch.spec.uuid.clone())),
             lease: None,
             counted: Some(Counted::new(&self.shared.held)),
         };
@@ -165,7 +166,8 @@ impl Engine {
 /// A sandbox that somebody waits for. Dropped, by whatever became of who waited, it is ended and removed.
 #[derive(Debug)]
 pub(super) struct Held {
-    directory: Option<SandboxDirectory>,
+    /// And the UUID of what was made there: another may have its name by the time it is ended.
+    directory: Option<(SandboxDirectory, String)>,
     pub lease: Option<Lease>,
     /// Until nothing of it is left, or it lives on.
     counted: Option<Counted>,
@@ -261,11 +263,14 @@ pub(super) async fn completed<T: Send + 'static>(
     told.await.unwrap_or_else(|_| Err(plain("internal", "the work ended without a result", None)))
 }
 
-fn end(lease: Option<Lease>, directory: Option<SandboxDirectory>) {
+fn end(lease: Option<Lease>, directory: Option<(SandboxDirectory, String)>) {
     if let Some(lease) = lease {
         lease.release();
     }
-    let Some(directory) = directory.filter(|directory| directory.path().exists()) else { return };
+    let Some((directory, uuid)) = directory else { return };
+    if !Spec::load(directory.path()).is_ok_and(|spec| spec.uuid == uuid) {
+        return;
+    }
     let removed = tokio::runtime::Handle::current().block_on(lifecycle::remove(&directory, true));
     if let Err(problem) =
         removed.or_else(|problem| if problem.code == "not-found" { Ok(()) } else { Err(problem) })

@@ -1022,6 +1022,9 @@ pub(crate) struct ServeArguments {
     /// Such commands that may wait; the next is answered with 429.
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub queue: u16,
+    /// Other sandboxes that run, whoever made them, before clients can start no more.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub sandboxes: u16,
     #[command(flatten)]
     pub grants: GrantArguments,
     /// Say nothing but errors on stderr.

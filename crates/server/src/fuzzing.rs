@@ -9,7 +9,7 @@ use agentkernel_sandbox::state::Home;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Uri, header};
 use serde::de::DeserializeOwned;
 
-use crate::engine::{Engine, Grants, Settings};
+use crate::engine::{Engine, Grants, Limits, Settings};
 use crate::http::{Keys, Way, check};
 use crate::model::{
     ApplyRequest, BatchRequest, CreateRequest, ExecRequest, ForkRequest, RestoreRequest, RunRequest,
@@ -32,8 +32,7 @@ pub fn engine(path: &Path) -> Engine {
         configuration: None,
         registry: Default::default(),
         grants: Grants::default(),
-        runs: 1,
-        queue: 1,
+        limits: Limits { runs: 1, queue: 1, sandboxes: 1 },
     })
 }
 

@@ -1,7 +1,7 @@
 //! `agentkernel mcp`.
 
 use agentkernel_sandbox::Problem;
-use agentkernel_server::engine::Engine;
+use agentkernel_server::engine::{Engine, Limits};
 use agentkernel_server::mcp;
 use tokio::signal::unix::SignalKind;
 
@@ -11,11 +11,14 @@ use crate::environment;
 
 /// Commands of an agent that may wait for their turn.
 const QUEUE: usize = 64;
+/// Sandboxes that run before an agent can start no other.
+const SANDBOXES: usize = 256;
 
 pub(super) fn mcp(arguments: &McpArguments) -> Result<u8, Problem> {
     let home = environment::home()?;
     let surroundings = environment::surroundings()?;
-    let settings = settings(&home, surroundings, &arguments.grants, default_runs(), QUEUE)?;
+    let limits = Limits { runs: default_runs(), queue: QUEUE, sandboxes: SANDBOXES };
+    let settings = settings(&home, surroundings, &arguments.grants, limits)?;
     let runtime = runtime()?;
     let served = runtime.block_on(async {
         let engine = Engine::new(settings);

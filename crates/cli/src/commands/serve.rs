@@ -8,7 +8,7 @@ use agentkernel_sandbox::configuration::{ApiKey, ApiKeySource, Profile};
 use agentkernel_sandbox::options::{self, Surroundings};
 use agentkernel_sandbox::state::Home;
 use agentkernel_sandbox::{Problem, io, plain};
-use agentkernel_server::engine::{Engine, Grants, Settings};
+use agentkernel_server::engine::{Engine, Grants, Limits, Settings};
 use agentkernel_server::http::{self, Keys, Place};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -27,8 +27,12 @@ pub(super) fn serve(arguments: &ServeArguments) -> Result<u8, Problem> {
     let home = environment::home()?;
     let surroundings = environment::surroundings()?;
     let keys = keys(arguments, &surroundings)?;
-    let runs = arguments.runs.map_or_else(default_runs, usize::from);
-    let settings = settings(&home, surroundings, &arguments.grants, runs, usize::from(arguments.queue))?;
+    let limits = Limits {
+        runs: arguments.runs.map_or_else(default_runs, usize::from),
+        queue: usize::from(arguments.queue),
+        sandboxes: usize::from(arguments.sandboxes),
+    };
+    let settings = settings(&home, surroundings, &arguments.grants, limits)?;
     let runtime = runtime()?;
     let served = runtime.block_on(run(arguments, &home, settings, keys));
     runtime.shutdown_background();
@@ -55,8 +59,7 @@ pub(super) fn settings(
     home: &Home,
     surroundings: Surroundings,
     arguments: &GrantArguments,
-    runs: usize,
-    queue: usize,
+    limits: Limits,
 ) -> Result<Settings, Problem> {
     let most = if arguments.allow_host_access { Profile::Permissive } else { Profile::Moderate };
     let profile = arguments.profile.unwrap_or(most);
@@ -78,8 +81,7 @@ pub(super) fn settings(
         grants: Grants { profile, host_access: arguments.allow_host_access },
         surroundings,
         configuration,
-        runs,
-        queue,
+        limits,
     })
 }
 

@@ -196,7 +196,7 @@ fn many_at_once_are_answered_and_too_many_told_to_wait() {
         }
     });
     server.end();
-    let server = Server::start(&host, &["--runs", "1", "--queue", "2"]);
+    let server = Server::start(&host, &["--runs", "1", "--queue", "2", "--sandboxes", "1"]);
     let forever = json!({ "command": ["sleep", "1000"] });
     let waiting: Vec<Asked> = (0..3).map(|_| Asked::new(&server.url, "POST", "/run", "", &forever)).collect();
     wait_until("three do not wait", || data(&server, "GET", "/status", &Value::Null)["runs"] == 3);
@@ -207,6 +207,13 @@ fn many_at_once_are_answered_and_too_many_told_to_wait() {
     drop(waiting);
     wait_until("places stay taken", || data(&server, "GET", "/status", &Value::Null)["runs"] == 0);
     assert_eq!(data(&server, "POST", "/run", &json!({ "command": ["true"] }))["exit_code"], 0);
+    data(&server, "POST", "/sandboxes", &small("one"));
+    for (path, body) in [("/sandboxes", small("two")), ("/sandboxes/one/fork", json!({ "as": "two" }))] {
+        assert_eq!(refused(&server, 429, "POST", path, &body), "too-many");
+    }
+    data(&server, "POST", "/sandboxes/one/stop", &Value::Null);
+    data(&server, "POST", "/sandboxes/one/start", &Value::Null);
+    data(&server, "DELETE", "/sandboxes/one", &Value::Null);
     server.end();
     host.assert_nothing_is_left();
 }

@@ -47,7 +47,7 @@ impl Engine {
                 sandboxes: sandboxes.len(),
                 running,
                 runs: engine.admitted(),
-                queue_limit: settings.queue,
+                queue_limit: settings.limits.queue,
                 host_access: settings.grants.host_access,
                 profile: settings.grants.profile.into(),
             })

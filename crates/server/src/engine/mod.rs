@@ -68,10 +68,19 @@ pub struct Settings {
     pub registry: RegistryOptions,
     /// What clients may ask for.
     pub grants: Grants,
-    /// Temporary sandboxes at once.
+    /// How much at once.
+    pub limits: Limits,
+}
+
+/// How much of the host clients may take at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Temporary sandboxes that run.
     pub runs: usize,
     /// Requests that may wait for such a place.
     pub queue: usize,
+    /// Other sandboxes that run, whoever made them, before none is started any more.
+    pub sandboxes: usize,
 }
 
 /// The engine.
@@ -116,7 +125,7 @@ impl Drop for Admitted {
 impl Engine {
     /// Makes the engine; on a runtime, for it has chores.
     pub fn new(settings: Settings) -> Self {
-        let places = Arc::new(Semaphore::new(settings.runs.max(1)));
+        let places = Arc::new(Semaphore::new(settings.limits.runs.max(1)));
         let (events, _) = broadcast::channel(events::QUEUE);
         let shared = Arc::new(Shared {
             settings,
@@ -169,13 +178,13 @@ impl Engine {
     /// # Errors
     /// Code `busy` if too many wait already.
     fn admit(&self) -> Result<Admitted, Problem> {
-        let limit = self.settings().runs.max(1) + self.settings().queue;
+        let limits = self.settings().limits;
+        let limit = limits.runs.max(1) + limits.queue;
         let admitted = self.shared.admitted.clone();
         let before = admitted.fetch_add(1, Ordering::Relaxed);
         let counted = Admitted(admitted);
         if before >= limit {
-            let queue = self.settings().queue;
-            let message = format!("{} commands run and {queue} wait already", self.settings().runs);
+            let message = format!("{} commands run and {} wait already", limits.runs, limits.queue);
             return Err(plain("busy", message, Some("try again in a moment")));
         }
         Ok(counted)
@@ -186,6 +195,25 @@ impl Engine {
         let permit = self.shared.places.clone().acquire_owned().await;
         let permit = permit.map_err(|_| plain("busy", "the server is ending", None))?;
         Ok(Place { _permit: permit, _admitted: admitted })
+    }
+
+    /// Whether `more` sandboxes that live on may run. Those that are asked for at the same moment may pass the limit
+    /// together.
+    ///
+    /// # Errors
+    /// Code `too-many`.
+    async fn room(&self, more: usize) -> Result<(), Problem> {
+        let (home, limit) = (self.home().clone(), self.settings().limits.sandboxes);
+        blocking(move || {
+            let lives = |sandbox: &SandboxDirectory| !sandbox.is_dead() && !sandbox.is_temporary();
+            let live = home.list()?.iter().filter(|sandbox| lives(sandbox)).count();
+            if live + more > limit {
+                let message = format!("{live} sandboxes run, and at most {limit} may");
+                return Err(plain("too-many", message, Some("stop or remove some")));
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// The sandbox of that name or UUID, whatever it may do.

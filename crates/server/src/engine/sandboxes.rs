@@ -39,6 +39,7 @@ impl Engine {
         if self.look_up(&request.name).is_ok_and(|found| found.name() == request.name) {
             return Err(taken(&request.name));
         }
+        self.room(1).await?;
         let launch = self.settle(options, Vec::new()).await?;
         let warmth = if request.fast { Warmth::Warm } else { Warmth::Cold };
         let held = self.start_new(&launch, Life::Persistent, ttl, warmth).await?;
@@ -125,6 +126,9 @@ impl Engine {
     /// Whatever keeps it from starting.
     pub async fn start(&self, name: &str) -> Result<SandboxInfo, Problem> {
         let (directory, _) = self.find(name)?;
+        if directory.is_dead() {
+            self.room(1).await?;
+        }
         if let Some(lease) = lifecycle::start(&directory, &self.settings().program).await? {
             match lifecycle::initialise(lease.sandbox(), &mut |_| {}).await {
                 Ok(()) => drop(lease.live_on().await?),
@@ -188,6 +192,7 @@ impl Engine {
         };
         names.iter().try_for_each(|name| check_name(name))?;
         let (directory, _) = self.find(name)?;
+        self.room(names.len()).await?;
         let program = self.settings().program.clone();
         let work = async move { fork::fork(&directory, &names, &program).await };
         let forked = completed(self, work, |forked| forked.children).await?;

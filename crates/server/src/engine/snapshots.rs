@@ -57,6 +57,9 @@ impl Engine {
             check_name(new)?;
         }
         self.grants().check_spec(&spec_of(self.home(), name)?)?;
+        if request.as_name.is_some() {
+            self.room(1).await?;
+        }
         let restoring = Restoring { new_name: request.as_name.clone(), disk_only: request.disk_only };
         let (home, name) = (self.home().clone(), name.to_owned());
         let (program, another) = (self.settings().program.clone(), request.as_name.is_some());

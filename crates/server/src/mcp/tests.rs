@@ -13,7 +13,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, DuplexStream, ReadHal
 use tokio::task::JoinHandle;
 
 use super::service::{MESSAGE, serve};
-use crate::engine::{Engine, Grants, Settings};
+use crate::engine::{Engine, Grants, Limits, Settings};
 use crate::http;
 
 /// Longest wait for an answer that needs no machine.
@@ -38,8 +38,7 @@ fn engine() -> (Engine, TempDir) {
         configuration: None,
         registry: RegistryOptions::default(),
         grants: Grants::default(),
-        runs: 1,
-        queue: 1,
+        limits: Limits { runs: 1, queue: 1, sandboxes: 1 },
     };
     (Engine::new(settings), directory)
 }

@@ -242,25 +242,46 @@ impl Drop for Held {
     }
 }
 
-/// Does what must not stop half-way to its end. If nobody waits for that any more, what it made is removed again.
-pub(super) async fn completed<T: Send + 'static>(
-    engine: &Engine,
-    work: impl Future<Output = Result<T, Problem>> + Send + 'static,
-    made: impl Fn(T) -> Vec<SandboxDirectory> + Send + 'static,
-) -> Result<T, Problem> {
-    let counted = Counted::new(&engine.shared.held);
-    let (tell, told) = tokio::sync::oneshot::channel();
-    tokio::spawn(async move {
-        if let Err(Ok(unwanted)) = tell.send(work.await) {
-            for directory in made(unwanted) {
+/// What was made for somebody who may be gone: dropped before it is taken, it is removed again.
+struct Unclaimed<T, M: Fn(T) -> Vec<SandboxDirectory>> {
+    made: Option<T>,
+    sandboxes: M,
+    counted: Option<Counted>,
+}
+
+impl<T, M: Fn(T) -> Vec<SandboxDirectory>> Drop for Unclaimed<T, M> {
+    fn drop(&mut self) {
+        let (Some(made), Ok(runtime)) = (self.made.take(), tokio::runtime::Handle::try_current()) else {
+            return;
+        };
+        let (sandboxes, counted) = ((self.sandboxes)(made), self.counted.take());
+        runtime.spawn(async move {
+            for directory in sandboxes {
                 if let Err(problem) = lifecycle::remove(&directory, true).await {
                     tracing::warn!("{}", problem.message);
                 }
             }
-        }
-        drop(counted);
+            drop(counted);
+        });
+    }
+}
+
+/// Does what must not stop half-way to its end. If nobody waits for that any more, what it made is removed again.
+pub(super) async fn completed<T: Send + 'static>(
+    engine: &Engine,
+    work: impl Future<Output = Result<T, Problem>> + Send + 'static,
+    sandboxes: impl Fn(T) -> Vec<SandboxDirectory> + Send + 'static,
+) -> Result<T, Problem> {
+    let counted = Counted::new(&engine.shared.held);
+    let (tell, told) = tokio::sync::oneshot::channel();
+    tokio::spawn(async move {
+        let done = work.await.map(|made| Unclaimed { made: Some(made), sandboxes, counted: Some(counted) });
+        // What cannot be told, or is told and not heard, is dropped.
+        let _ = tell.send(done);
     });
-    told.await.unwrap_or_else(|_| Err(plain("internal", "the work ended without a result", None)))
+    let ended = || plain("internal", "the work ended without a result", None);
+    let mut unclaimed = told.await.unwrap_or_else(|_| Err(ended()))?;
+    unclaimed.made.take().ok_or_else(ended)
 }
 
 fn end(lease: Option<Lease>, directory: Option<(SandboxDirectory, String)>) {

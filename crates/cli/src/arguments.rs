@@ -990,6 +990,11 @@ pub(crate) struct BenchmarkArguments {
     pub command: Vec<OsString>,
 }
 
+/// Commands in temporary sandboxes that may wait for their turn, where nothing is said.
+pub(crate) const QUEUE: u16 = 64;
+/// Other sandboxes that run before a server's clients can start no more, where nothing is said.
+pub(crate) const SANDBOXES: u16 = 256;
+
 /// Serve programs over HTTP: the same sandboxes, for clients of the API.
 ///
 /// Without an API key only this user is served, on loopback and a unix socket, and no page of the web. Ends in order with
@@ -1020,10 +1025,10 @@ pub(crate) struct ServeArguments {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub runs: Option<u16>,
     /// Such commands that may wait; the next is answered with 429.
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(long, value_name = "N", default_value_t = QUEUE)]
     pub queue: u16,
     /// Other sandboxes that run, whoever made them, before clients can start no more.
-    #[arg(long, value_name = "N", default_value_t = 256)]
+    #[arg(long, value_name = "N", default_value_t = SANDBOXES)]
     pub sandboxes: u16,
     #[command(flatten)]
     pub grants: GrantArguments,

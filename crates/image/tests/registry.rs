@@ -1,4 +1,6 @@
 //! Registries: what comes from one is verified, what breaks is tried again, and credentials go where they belong.
+//!
+//! One file though it is long: every test stands on the registry that its first part makes.
 
 mod common;
 

@@ -8,6 +8,8 @@
 //! ```
 //! A stage's machine starts with its first RUN that is not in the cache, over the layers up to the last RUN that was; what
 //! was copied since is sent there. A key is a digest of the layers below and of all that the step's outcome depends on.
+//!
+//! One file though it is long: it is that walk; what one kind of step needs has a file of its own.
 
 mod names;
 mod remote;

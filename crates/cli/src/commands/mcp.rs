@@ -6,18 +6,13 @@ use agentkernel_server::mcp;
 use tokio::signal::unix::SignalKind;
 
 use super::serve::{default_runs, handled, runtime, settings};
-use crate::arguments::McpArguments;
+use crate::arguments::{McpArguments, QUEUE, SANDBOXES};
 use crate::environment;
-
-/// Commands of an agent that may wait for their turn.
-const QUEUE: usize = 64;
-/// Sandboxes that run before an agent can start no other.
-const SANDBOXES: usize = 256;
 
 pub(super) fn mcp(arguments: &McpArguments) -> Result<u8, Problem> {
     let home = environment::home()?;
     let surroundings = environment::surroundings()?;
-    let limits = Limits { runs: default_runs(), queue: QUEUE, sandboxes: SANDBOXES };
+    let limits = Limits { runs: default_runs(), queue: QUEUE.into(), sandboxes: SANDBOXES.into() };
     let settings = settings(&home, surroundings, &arguments.grants, limits)?;
     let runtime = runtime()?;
     let served = runtime.block_on(async {

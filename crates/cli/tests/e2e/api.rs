@@ -211,6 +211,11 @@ fn many_at_once_are_answered_and_too_many_told_to_wait() {
     for (path, body) in [("/sandboxes", small("two")), ("/sandboxes/one/fork", json!({ "as": "two" }))] {
         assert_eq!(refused(&server, 429, "POST", path, &body), "too-many");
     }
+    data(&server, "POST", "/snapshots", &json!({ "sandbox": "one", "name": "then" }));
+    let restore = "/snapshots/then/restore";
+    assert_eq!(refused(&server, 429, "POST", restore, &json!({ "as": "two" })), "too-many");
+    data(&server, "POST", restore, &Value::Null);
+    data(&server, "DELETE", "/snapshots/then", &Value::Null);
     data(&server, "POST", "/sandboxes/one/stop", &Value::Null);
     data(&server, "POST", "/sandboxes/one/start", &Value::Null);
     data(&server, "DELETE", "/sandboxes/one", &Value::Null);

@@ -1,4 +1,5 @@
-//! The life of one machine, from its start to its end.
+//! The life of one machine, from its start to its end. One file though it is long: all of it works on one state, in the
+//! order of that life; what a client does in it has files of its own.
 
 use std::cell::{Cell, RefCell};
 use std::path::Path;

@@ -149,13 +149,14 @@ impl Engine {
     ) -> Result<Held, Problem> {
         let deadline = ttl.map(|time| Deadline::after(time, &Clocks::now()));
         let (home, spec) = (self.home().clone(), launch.spec.clone());
-        let held = blocking(move || client::create(&home, &spec, life, deadline.as_ref())).await?;
-        // What could not be started was not created.
-        let mut guard = Held {
-            directory: Some((held.directory.clone(), launch.spec.uuid.clone())),
-            lease: None,
-            counted: Some(Counted::new(&self.shared.held)),
-        };
+        let counted = Counted::new(&self.shared.held);
+        // What could not be started was not created, nor what nobody waits for by the time it is.
+        let (held, mut guard) = blocking(move || {
+            let held = client::create(&home, &spec, life, deadline.as_ref())?;
+            let directory = Some((held.directory.clone(), spec.uuid));
+            Ok((held, Held { directory, lease: None, counted: Some(counted) }))
+        })
+        .await?;
         let lease = client::start(held, &self.settings().program, warmth).await?;
         let lease = guard.lease.insert(lease);
         lifecycle::initialise(lease.sandbox(), &mut |_| {}).await?;

@@ -57,7 +57,11 @@ impl Engine {
             check_name(new)?;
         }
         self.grants().check_spec(&spec_of(self.home(), name)?)?;
-        if request.as_name.is_some() {
+        // In place, one that runs takes no more than it does.
+        let snapshot = snapshots::find(self.home(), name)?;
+        let runs = |sandbox: &str| self.look_up(sandbox).is_ok_and(|found| !found.is_dead());
+        let starts = snapshot.memory && !request.disk_only;
+        if starts && (request.as_name.is_some() || !runs(&snapshot.sandbox)) {
             self.room(1).await?;
         }
         let restoring = Restoring { new_name: request.as_name.clone(), disk_only: request.disk_only };

@@ -17,6 +17,7 @@
 //! directory right. A sandbox that rests and has a deadline keeps this process, without its lock, to wait for that.
 
 mod clients;
+mod clock;
 mod confine;
 mod detached;
 mod machine;

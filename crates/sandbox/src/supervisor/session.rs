@@ -5,7 +5,7 @@ use std::cell::{Cell, RefCell};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agentkernel_machine::accelerator::Accelerator;
 use agentkernel_network::{Flow, Published};
@@ -22,6 +22,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::clients::{self, Clients, Stop};
+use super::clock;
 use super::confine::{Reach, confine, confine_thread};
 use super::still::Still;
 use super::{CONTROL_SOCKET, Inherited, Proxy, machine, network, relay};
@@ -650,6 +651,8 @@ fn boot_timeout(deadline: Duration) -> Problem {
 /// Serves the files, tells the machine who it is, and waits until it is ready.
 async fn configure(wish: Configure, exports: &Exports, opener: &Opener) -> Result<(), Problem> {
     let wire = |error: &dyn std::error::Error| problem("guest-protocol", error, None);
+    // The wish tells the time.
+    let told = Instant::now();
     for export in exports.iter() {
         let mut stream = opener.open().await.map_err(|error| wire(&error))?;
         let request = Request::FileSystem { tag: export.tag.clone(), read_only: export.read_only };
@@ -667,7 +670,10 @@ async fn configure(wish: Configure, exports: &Exports, opener: &Opener) -> Resul
     let request = Request::Configure(Box::new(wish));
     frame::write(&mut stream, &request).await.map_err(|error| wire(&error))?;
     match frame::read::<Reply, _>(&mut stream).await.map_err(|error| wire(&error))? {
-        Reply::Done => Ok(()),
+        Reply::Done if told.elapsed() <= clock::CLOSE => Ok(()),
+        Reply::Done => clock::set(opener)
+            .await
+            .ok_or_else(|| plain("guest-setup", "the guest does not take the time".to_owned(), None)),
         Reply::Failed { message } => {
             Err(plain("guest-setup", format!("the guest cannot be set up: {message}"), None))
         }

@@ -21,6 +21,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, watch};
 
+use super::clock;
 use crate::exports::Exports;
 use crate::problem::{Problem, plain, problem};
 
@@ -99,13 +100,7 @@ impl Still {
     /// The guest's clock stood still as well. One that does not take the time has other troubles, which whoever talks to it
     /// next is told.
     async fn set_clock(&self) {
-        let set = async {
-            let mut stream = self.opener.open().await.ok()?;
-            let request = Request::Clock { unix_time_ns: crate::deadline::unix_ns() };
-            frame::write(&mut stream, &request).await.ok()?;
-            frame::read::<Reply, _>(&mut stream).await.ok()
-        };
-        if !matches!(tokio::time::timeout(QUIET_PATIENCE, set).await, Ok(Some(Reply::Done))) {
+        if !matches!(tokio::time::timeout(QUIET_PATIENCE, clock::set(&self.opener)).await, Ok(Some(()))) {
             tracing::warn!("the guest's clock could not be set");
         }
     }

@@ -21,6 +21,7 @@ pub mod jail;
 pub mod kernel;
 mod machine;
 pub mod memory;
+mod process;
 pub mod qemu;
 
 pub use accelerator::Accelerator;

@@ -12,6 +12,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 
@@ -19,7 +20,7 @@ use rustix::fs::SeekFrom;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 /// Bytes moved at a time.
-const CHUNK: usize = 1 << 20;
+pub(crate) const CHUNK: usize = 1 << 20;
 /// Bits of an entry of `/proc/PID/pagemap` (`Documentation/admin-guide/mm/pagemap.rst`): a page of a file, or shared.
 const FILE_PAGE: u64 = 1 << 61;
 const SWAPPED: u64 = 1 << 62;
@@ -37,19 +38,22 @@ pub struct Capture {
     _handle: std::os::fd::OwnedFd,
     /// The file behind the memory.
     base: File,
-    mappings: Vec<Mapping>,
+    mappings: Vec<Area>,
     size: u64,
-    page: u64,
 }
 
-/// A part of the memory.
+/// A part of a process's address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Mapping {
-    start: u64,
-    end: u64,
-    offset: u64,
-    inode: u64,
-    is_shared: bool,
+pub(crate) struct Area {
+    pub start: u64,
+    pub end: u64,
+    /// Where in the file it begins.
+    pub offset: u64,
+    /// That of the file; 0 if there is none.
+    pub inode: u64,
+    /// `PROT_*`.
+    pub protection: i32,
+    pub is_shared: bool,
 }
 
 impl Capture {
@@ -69,19 +73,19 @@ impl Capture {
             return Err(io::Error::new(ErrorKind::NotFound, "the process is not the machine it should be"));
         }
         let maps = read_limited(&format!("/proc/{process}/maps"))?;
-        let all: Vec<Mapping> = maps.lines().filter_map(parse).collect();
+        let areas = maps.lines().filter_map(parse_area).map(|(area, _)| area);
+        let all: Vec<Area> = areas.filter(|area| area.inode != 0).collect();
         let missing = || io::Error::new(ErrorKind::NotFound, "the machine's memory was not found");
         for path in &files {
             let Ok(data) = fs::metadata(path) else { continue };
-            let is_memory = |mapping: &&Mapping| mapping.inode == data.ino();
-            let mappings: Vec<Mapping> = all.iter().filter(is_memory).copied().collect();
+            let is_memory = |mapping: &&Area| mapping.inode == data.ino();
+            let mappings: Vec<Area> = all.iter().filter(is_memory).copied().collect();
             let mapped: u64 = mappings.iter().map(|mapping| mapping.end - mapping.start).sum();
             if data.is_file() && data.len() == size && mapped == size {
                 // What was a file a moment ago is whatever the process makes of it: opening must not wait.
                 let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
                 let base = File::options().read(true).custom_flags(flags).open(path)?;
-                let page = rustix::param::page_size() as u64;
-                return Ok(Self { process, _handle: handle, base, mappings, size, page });
+                return Ok(Self { process, _handle: handle, base, mappings, size });
             }
         }
         Err(missing())
@@ -107,10 +111,13 @@ impl Capture {
             return copy_data(&self.base, target);
         }
         let memory = File::open(format!("/proc/{}/mem", self.process))?;
-        let pages = File::open(format!("/proc/{}/pagemap", self.process))?;
+        let pages = OwnPages::open(self.process)?;
         let mut buffer = vec![0; CHUNK];
-        for mapping in &self.mappings {
-            self.copy_own_pages(mapping, &memory, &pages, target, &mut buffer)?;
+        for area in &self.mappings {
+            for run in pages.runs(area.start..area.end)? {
+                let to = area.offset + (run.start - area.start);
+                copy_range(&memory, run, target, to, &mut buffer)?;
+            }
         }
         Ok(())
     }
@@ -119,62 +126,74 @@ impl Capture {
         self.mappings.iter().all(|mapping| mapping.is_shared)
     }
 
-    fn copy_own_pages(
-        &self,
-        mapping: &Mapping,
-        memory: &File,
-        pages: &File,
-        target: &File,
-        buffer: &mut [u8],
-    ) -> io::Result<()> {
+    /// The process.
+    pub(crate) fn process(&self) -> u32 {
+        self.process
+    }
+
+    /// What lies behind the memory: a file, or memory that is called one.
+    pub(crate) fn base(&self) -> &File {
+        &self.base
+    }
+}
+
+/// Which of its pages a process has of its own.
+#[derive(Debug)]
+pub(crate) struct OwnPages {
+    table: File,
+    page: u64,
+}
+
+impl OwnPages {
+    pub(crate) fn open(process: u32) -> io::Result<Self> {
+        let table = File::open(format!("/proc/{process}/pagemap"))?;
+        Ok(Self { table, page: rustix::param::page_size() as u64 })
+    }
+
+    /// Those that are not of a file, in runs of neighbours.
+    pub(crate) fn runs(&self, area: Range<u64>) -> io::Result<Vec<Range<u64>>> {
         let step = CHUNK as u64 / ENTRY * self.page;
         let mut entries = vec![0; CHUNK];
-        let mut start = mapping.start;
-        while start < mapping.end {
-            let end = mapping.end.min(start + step);
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        let mut start = area.start;
+        while start < area.end {
+            let end = area.end.min(start + step);
             let count = usize::try_from((end - start) / self.page * ENTRY).map_err(io::Error::other)?;
             let entries = &mut entries[..count];
-            pages.read_exact_at(entries, start / self.page * ENTRY)?;
-            let own = entries.chunks_exact(ENTRY as usize).map(|entry| {
+            self.table.read_exact_at(entries, start / self.page * ENTRY)?;
+            for (index, entry) in entries.chunks_exact(ENTRY as usize).enumerate() {
                 let entry = entry.try_into().map_or(0, u64::from_le_bytes);
-                entry & (PRESENT | SWAPPED) != 0 && entry & FILE_PAGE == 0
-            });
-            // Runs of such pages are copied together.
-            let mut run = start..start;
-            for (index, own) in own.chain([false]).enumerate() {
-                let page = start + index as u64 * self.page;
-                if own && run.is_empty() {
-                    run = page..page;
+                if entry & (PRESENT | SWAPPED) == 0 || entry & FILE_PAGE != 0 {
+                    continue;
                 }
-                if own {
-                    run.end = page + self.page;
-                } else if !run.is_empty() {
-                    self.copy_run(mapping, run.clone(), memory, target, buffer)?;
-                    run = page..page;
+                let page = start + index as u64 * self.page;
+                match runs.last_mut() {
+                    Some(run) if run.end == page => run.end += self.page,
+                    _ => runs.push(page..page + self.page),
                 }
             }
             start = end;
         }
-        Ok(())
+        Ok(runs)
     }
+}
 
-    fn copy_run(
-        &self,
-        mapping: &Mapping,
-        run: std::ops::Range<u64>,
-        memory: &File,
-        target: &File,
-        buffer: &mut [u8],
-    ) -> io::Result<()> {
-        let mut at = run.start;
-        while at < run.end {
-            let count = usize::try_from(run.end - at).unwrap_or(usize::MAX).min(buffer.len());
-            memory.read_exact_at(&mut buffer[..count], at)?;
-            target.write_all_at(&buffer[..count], mapping.offset + (at - mapping.start))?;
-            at += count as u64;
-        }
-        Ok(())
+/// Copies what a process has at these addresses to `to`.
+pub(crate) fn copy_range(
+    memory: &File,
+    addresses: Range<u64>,
+    target: &File,
+    to: u64,
+    buffer: &mut [u8],
+) -> io::Result<()> {
+    let mut at = addresses.start;
+    while at < addresses.end {
+        let count = usize::try_from(addresses.end - at).unwrap_or(usize::MAX).min(buffer.len());
+        memory.read_exact_at(&mut buffer[..count], at)?;
+        target.write_all_at(&buffer[..count], to + (at - addresses.start))?;
+        at += count as u64;
     }
+    Ok(())
 }
 
 /// The links to the files that a process holds open.
@@ -183,23 +202,28 @@ fn open_files(process: u32) -> io::Result<Vec<PathBuf>> {
     Ok(entries.flatten().map(|entry| entry.path()).collect())
 }
 
-fn read_limited(path: &str) -> io::Result<String> {
+pub(crate) fn read_limited(path: &str) -> io::Result<String> {
     let mut text = String::new();
     io::Read::read_to_string(&mut io::Read::take(File::open(path)?, MAPS_LIMIT), &mut text)?;
     Ok(text)
 }
 
-/// A line of `/proc/PID/maps`: `start-end permissions offset device inode path`.
-fn parse(line: &str) -> Option<Mapping> {
-    let mut words = line.split_ascii_whitespace();
+/// A line of `/proc/PID/maps`: `start-end permissions offset device inode path`; and the path, or the kernel's name.
+pub(crate) fn parse_area(line: &str) -> Option<(Area, &str)> {
+    let mut words = line.splitn(6, ' ');
     let (start, end) = words.next()?.split_once('-')?;
     let permissions = words.next()?;
     let offset = words.next()?;
-    let inode = words.nth(1)?.parse().ok().filter(|inode| *inode != 0)?;
+    let inode = words.nth(1)?.parse().ok()?;
+    let name = words.next().unwrap_or_default().trim_start();
     let hexadecimal = |text| u64::from_str_radix(text, 16).ok();
     let (start, end) = (hexadecimal(start)?, hexadecimal(end)?);
+    let bits = [('r', libc::PROT_READ), ('w', libc::PROT_WRITE), ('x', libc::PROT_EXEC)];
+    let bits = bits.into_iter().filter(|(letter, _)| permissions.contains(*letter));
+    let protection = bits.fold(libc::PROT_NONE, |all, (_, bit)| all | bit);
     let is_shared = permissions.ends_with('s');
-    (start < end).then_some(Mapping { start, end, offset: hexadecimal(offset)?, inode, is_shared })
+    let area = Area { start, end, offset: hexadecimal(offset)?, inode, protection, is_shared };
+    (start < end).then_some((area, name))
 }
 
 /// Makes `target` a copy of `source`: by reference where the file system can do that, else its data, and holes as holes.
@@ -267,12 +291,15 @@ mod tests {
 
     #[test]
     fn mappings_are_read() {
-        let line = "7f0000000000-7f0020000000 rw-p 00001000 fd:01 5431 /a b (deleted)";
-        let mapping = parse(line).unwrap();
-        assert_eq!((mapping.start, mapping.offset, mapping.inode), (0x7f00_0000_0000, 0x1000, 5431));
-        assert!(!mapping.is_shared);
-        for line in ["", "1-2", "7f00-7f00 r--p 0 0:0 1", "zz-10 rw-s 0 0:0 7 x", "10-20 rw-s 0 0:0 0"] {
-            assert_eq!(parse(line), None, "{line}");
+        let line = "7f0000000000-7f0020000000 rw-p 00001000 fd:01 5431     /a b (deleted)";
+        let (area, name) = parse_area(line).unwrap();
+        assert_eq!((area.start, area.offset, area.inode), (0x7f00_0000_0000, 0x1000, 5431));
+        assert_eq!((area.protection, area.is_shared), (libc::PROT_READ | libc::PROT_WRITE, false));
+        assert_eq!(name, "/a b (deleted)");
+        let (area, name) = parse_area("10-20 ---s 0 0:0 0 ").unwrap();
+        assert_eq!((area.inode, area.protection, area.is_shared, name), (0, libc::PROT_NONE, true, ""));
+        for line in ["", "1-2", "7f00-7f00 r--p 0 0:0 1", "zz-10 rw-s 0 0:0 7 x", "10-20 rw-s 0 0:0"] {
+            assert_eq!(parse_area(line), None, "{line}");
         }
     }
 

@@ -372,6 +372,7 @@ fn config(behind: Behind, program: PathBuf, arguments: Vec<Argument>) -> JailCon
         },
         without: behind.without(),
         opened: None,
+        resumed: None,
         watchers: None,
     }
 }

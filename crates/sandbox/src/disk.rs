@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use agentkernel_machine::memory::copy_sparsely;
 
 use crate::problem::{Problem, io, plain};
+use crate::spec::{Image, Spec};
 use crate::state::{private_file, random_word};
 
 /// Name of the writable layer in a sandbox's directory.
@@ -15,6 +16,30 @@ pub(crate) const FILE_NAME: &str = "disk.ext4";
 const BYTES_PER_INODE: u32 = 32 << 10;
 /// Smallest disk that holds the file system's own structures with some use left, MiB.
 pub(crate) const SMALLEST_MIB: u64 = 64;
+
+/// What a disk of a machine is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// The writable layer.
+    Writable,
+    /// An image's root, read-only.
+    Image,
+}
+
+/// Opens the disks of the sandbox in `directory`, in the order in which its machine has them.
+///
+/// # Errors
+/// If one cannot be opened.
+pub(crate) fn all(spec: &Spec, directory: &Path) -> Result<Vec<(File, Kind)>, Problem> {
+    let writable = directory.join(FILE_NAME);
+    let file = private_file().open(&writable).map_err(io(format!("open {}", writable.display())))?;
+    let mut disks = vec![(file, Kind::Writable)];
+    if let Image::Disk { path, .. } = &spec.image {
+        let file = File::open(path).map_err(io(format!("open {}", path.display())))?;
+        disks.push((file, Kind::Image));
+    }
+    Ok(disks)
+}
 
 /// Puts a fresh writable layer of `size_mib` MiB at `target`, which must not exist.
 ///

@@ -5,6 +5,7 @@
 //! ├── machine.json    what it was when it was saved; written last
 //! ├── memory          the guest's memory, sparse; mapped privately by whoever is restored of it
 //! ├── devices         what the machine's devices held
+//! ├── process         of a template: the machine's process, for others to go on as
 //! ├── files-TAG       what the guest knew of each file system it was served
 //! └── disk.ext4       the writable layer at that moment; not in a sandbox's own, which has it as its disk
 //! ```
@@ -23,7 +24,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use agentkernel_machine::accelerator;
+use agentkernel_machine::accelerator::{self, Accelerator};
 use agentkernel_machine::kernel::{self, Kernel};
 use agentkernel_machine::memory::{Capture, copy_sparsely};
 use agentkernel_machine::qemu;
@@ -42,6 +43,7 @@ use crate::state::{Home, SandboxDirectory, private_file, random_word, replace};
 const RECORD: &str = "machine.json";
 const MEMORY: &str = "memory";
 const DEVICES: &str = "devices";
+const PROCESS: &str = "process";
 const ORDER: &str = "restore.json";
 /// Name of the directory of a saved machine that is a sandbox's own.
 pub(crate) const OWN: &str = "saved";
@@ -147,8 +149,11 @@ struct Stamp {
 
 impl Stamp {
     fn of(file: &File) -> std::io::Result<Self> {
-        let data = file.metadata()?;
-        Ok(Self { size: data.len(), inode: data.ino(), modified: (data.mtime(), data.mtime_nsec()) })
+        file.metadata().map(|data| Self::new(&data))
+    }
+
+    fn new(data: &fs::Metadata) -> Self {
+        Self { size: data.len(), inode: data.ino(), modified: (data.mtime(), data.mtime_nsec()) }
     }
 }
 
@@ -168,9 +173,30 @@ pub(crate) struct Record {
     flows: Vec<Flow>,
     memory: Stamp,
     devices: Stamp,
+    /// None where it could not be saved, or did not go on.
+    #[serde(default)]
+    process: Option<SavedProcess>,
     tables: Vec<Stamp>,
     /// None where the writable layer has gone to the sandbox that goes on.
     disk: Option<Stamp>,
+}
+
+/// A machine's process that was saved.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct SavedProcess {
+    file: Stamp,
+    /// The emulator and its libraries, whose code is in it.
+    code: Vec<(PathBuf, Stamp)>,
+}
+
+impl SavedProcess {
+    fn new(file: &File, code: &[PathBuf]) -> std::io::Result<Self> {
+        let code = code.iter().map(|path| match fs::metadata(path) {
+            Ok(data) => Ok((path.clone(), Stamp::new(&data))),
+            Err(error) => Err(std::io::Error::new(error.kind(), format!("{}: {error}", path.display()))),
+        });
+        Ok(Self { file: Stamp::of(file)?, code: code.collect::<std::io::Result<_>>()? })
+    }
 }
 
 /// A directory with a saved machine that is whole.
@@ -201,6 +227,7 @@ impl SavedMachine {
         };
         check(MEMORY, &record.memory)?;
         check(DEVICES, &record.devices)?;
+        record.process.as_ref().map_or(Ok(()), |process| check(PROCESS, &process.file))?;
         record.disk.as_ref().map_or(Ok(()), |stamp| check(disk::FILE_NAME, stamp))?;
         if record.tables.len() != record.file_systems.len() {
             return Err(damaged("its file systems do not agree"));
@@ -217,6 +244,12 @@ impl SavedMachine {
         Ok(Self { directory: directory.to_owned(), record })
     }
 
+    /// Whether the emulator and its libraries are those whose code was saved with its process, if it was.
+    pub(crate) fn has_current_code(&self) -> bool {
+        let code = self.record.process.iter().flat_map(|process| &process.code);
+        code.into_iter().all(|(path, stamp)| fs::metadata(path).is_ok_and(|data| Stamp::new(&data) == *stamp))
+    }
+
     /// The table of a file system.
     pub(crate) fn table(&self, tag: &str) -> Result<Vec<u8>, Problem> {
         let path = self.directory.join(table_name(tag));
@@ -230,7 +263,7 @@ impl SavedMachine {
         if !target.exists() {
             fs::create_dir(target).map_err(io(what()))?;
         }
-        let mut record = self.record.clone();
+        let mut record = Record { process: None, ..self.record.clone() };
         if fs::hard_link(self.directory.join(MEMORY), target.join(MEMORY)).is_err() {
             // Another file system, or one without links.
             let source = open_plain(&self.directory.join(MEMORY)).map_err(io(what()))?;
@@ -249,6 +282,14 @@ impl SavedMachine {
         disk::copy(&self.directory.join(disk::FILE_NAME), disk)?;
         record.disk = None;
         write_record(target, &record)
+    }
+}
+
+/// Sees to it that nobody tries again to go on as the process of the machine in `directory`.
+pub(crate) fn forget_process(directory: &Path) {
+    let Ok(saved) = SavedMachine::open(directory) else { return };
+    if write_record(directory, &Record { process: None, ..saved.record }).is_ok() {
+        let _ = fs::remove_file(directory.join(PROCESS));
     }
 }
 
@@ -442,10 +483,33 @@ impl Restore {
         restored.map(Some)
     }
 
+    /// Splits it, if the machine can go on as a process that was saved: that way, and the longer one.
+    ///
+    /// # Errors
+    /// If there are no descriptors left.
+    pub(crate) fn ways(self) -> Result<(Self, Option<Self>), Problem> {
+        if self.machine.process.is_none() {
+            return Ok((self, None));
+        }
+        let memory = self.machine.memory.try_clone().map_err(io("restore"))?;
+        let machine = qemu::Restore { memory, devices: self.machine.devices.clone(), process: None };
+        let longer = Self {
+            machine,
+            directory: self.directory.clone(),
+            tables: self.tables.clone(),
+            fingerprint: self.fingerprint.clone(),
+            flows: self.flows.clone(),
+            ..self
+        };
+        Ok((self, Some(longer)))
+    }
+
     fn open(order: &Order) -> Result<Self, Problem> {
         let saved = SavedMachine::open(&order.directory)?;
         let memory = saved.directory.join(MEMORY);
         let devices = saved.directory.join(DEVICES);
+        let process = saved.record.process.as_ref().map(|_| saved.directory.join(PROCESS));
+        let process = process.map(|path| open_plain(&path).map_err(io(format!("open {}", path.display()))));
         let tables = saved.record.file_systems.iter();
         Ok(Self {
             from: order.from,
@@ -454,6 +518,7 @@ impl Restore {
                 memory: open_plain(&memory).map_err(io(format!("open {}", memory.display())))?,
                 devices: read_limited(&devices, DEVICES_LIMIT)
                     .map_err(io(format!("read {}", devices.display())))?,
+                process: process.transpose()?,
             },
             epoch: saved.record.epoch,
             tables: tables.map(|tag| Ok((tag.clone(), saved.table(tag)?))).collect::<Result<_, Problem>>()?,
@@ -473,6 +538,22 @@ fn flow(connection: &Connection) -> Flow {
 /// # Errors
 /// If it does not come to rest, cannot be looked into, or the disk is full. The sandbox goes on in any case.
 pub(crate) async fn save(sandbox: &Sandbox, directory: &Path) -> Result<(SavedMachine, Duration), Problem> {
+    save_with(sandbox, directory, false).await
+}
+
+/// The same with the machine's process, if that can be: it stands still for longer then.
+///
+/// # Errors
+/// As [`save`].
+pub(crate) async fn save_process(sandbox: &Sandbox, directory: &Path) -> Result<SavedMachine, Problem> {
+    save_with(sandbox, directory, true).await.map(|(saved, _)| saved)
+}
+
+async fn save_with(
+    sandbox: &Sandbox,
+    directory: &Path,
+    with_process: bool,
+) -> Result<(SavedMachine, Duration), Problem> {
     let from = sandbox.directory();
     let spec = Spec::load(from.path())?;
     let fingerprint = Fingerprint::now(from.home(), &spec)?;
@@ -491,15 +572,35 @@ pub(crate) async fn save(sandbox: &Sandbox, directory: &Path) -> Result<(SavedMa
     let stopped = Instant::now();
     let saved = stop.saved();
     // While it stands still, and on a thread of its own: the machine's end would be noticed here.
-    let (copied, disk_copy) = {
+    // With hardware virtualisation the kernel has a part of the machine, and there is nothing to translate.
+    let is_emulated = fingerprint.accelerator == Accelerator::Tcg.name();
+    let process = if with_process && is_emulated { Some(create(PROCESS)?) } else { None };
+    let (copied, disk_copy, process) = {
         let memory = memory.try_clone().map_err(io(what()))?;
         let target = directory.join(disk::FILE_NAME);
-        tokio::task::spawn_blocking(move || (capture.finish(&memory), disk::copy(&disk_source, &target)))
-            .await
-            .map_err(|error| plain("save", error.to_string(), None))?
+        let disks = disk::all(&spec, from.path())?;
+        tokio::task::spawn_blocking(move || {
+            let process = process.map(|file| {
+                let disks = disks.into_iter().map(|(file, _)| file).collect();
+                qemu::save_process(&capture, disks, vec![lock], &file)
+                    .and_then(|code| SavedProcess::new(&file, &code))
+            });
+            (capture.finish(&memory), disk::copy(&disk_source, &target), process)
+        })
+        .await
+        .map_err(|error| plain("save", error.to_string(), None))?
     };
     copied.map_err(io(what()))?;
     let disk_copy = disk_copy?;
+    let process = process.and_then(|process| match process {
+        Ok(process) => Some(process),
+        Err(error) => {
+            // It only saves time.
+            tracing::info!("the machine's process was not saved: {error}");
+            let _ = fs::remove_file(directory.join(PROCESS));
+            None
+        }
+    });
     let mut tables = Vec::new();
     for (tag, length) in &saved.file_systems {
         let mut file = create(&table_name(tag))?;
@@ -518,6 +619,7 @@ pub(crate) async fn save(sandbox: &Sandbox, directory: &Path) -> Result<(SavedMa
         flows: saved.connections.iter().take(FLOWS_LIMIT).map(flow).collect(),
         memory: Stamp::of(&memory).map_err(io(what()))?,
         devices: Stamp::of(&devices).map_err(io(what()))?,
+        process,
         tables,
         disk: Some(Stamp::of(&disk_copy).map_err(io(what()))?),
     };

@@ -12,7 +12,8 @@
 //!
 //! A template is good as long as everything it was made of is the same: program, kernel, QEMU and size, the image, the
 //! bundles of certificates, and for the `host` image every file of the host that its guest has looked at. It is not synced to the disk, so one that a former boot of
-//! the host made is not used either. Whatever is wrong with one, it is made again: it only saves time.
+//! the host made is not used either. The emulator's process is saved as well, with what it has translated, so that others go
+//! on as it ([`saved`]); its libraries must be the same then, too. Whatever is wrong with one, it is made again: it only saves time.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -58,7 +59,7 @@ const LOOKED_FOR: &str =
     "true sh bash ls cat git make env python python3 pip node npm npx cargo rustc go java ruby php perl";
 
 /// Raised with every change of what is done in a template before it is saved.
-const RECIPE: u32 = 4;
+const RECIPE: u32 = 5;
 
 /// What a template was made of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -235,6 +236,9 @@ fn why_outdated(directory: &Path, about: &About) -> Option<String> {
         Ok(saved) => saved,
         Err(problem) => return Some(problem.message),
     };
+    if !saved.has_current_code() {
+        return Some("a library of the emulator was changed".to_owned());
+    }
     let made_seconds = i64::try_from(saved.record.saved_unix_ms / 1000).unwrap_or(i64::MAX);
     match saved.table(Exports::HOST) {
         Ok(table) if !table::is_current(&table, Path::new("/"), made_seconds) => {
@@ -297,7 +301,7 @@ async fn save(home: &Home, blank: &Spec, path: &OsStr, program: &Path, draft: &P
         test -x \"$directory/$name\"; done; done";
     let words = ["/bin/sh", "-c", script, "sh"].map(OsStr::new);
     let _ = run(lease.sandbox(), &[&words[..], &[path, OsStr::new(LOOKED_FOR)]].concat()).await;
-    let saved = saved::save(lease.sandbox(), draft).await;
+    let saved = saved::save_process(lease.sandbox(), draft).await;
     lease.release();
     saved.map(drop)
 }

@@ -64,7 +64,7 @@ fn a_template_that_was_touched_is_made_again() {
             .find(|path| fs::metadata(path.join("memory")).is_ok_and(|data| data.len() == 256 << 20))
     };
     type Damage = (&'static str, fn(PathBuf));
-    let damage: [Damage; 4] = [
+    let damage: [Damage; 5] = [
         ("a changed memory", |path| {
             let memory = File::options().write(true).open(path.join("memory")).unwrap();
             memory.set_modified(SystemTime::now() - Duration::from_secs(1000)).unwrap();
@@ -72,6 +72,10 @@ fn a_template_that_was_touched_is_made_again() {
         ("half of what its devices held", |path| {
             let devices = File::options().write(true).open(path.join("devices")).unwrap();
             devices.set_len(1000).unwrap();
+        }),
+        ("half of its process", |path| {
+            let process = File::options().write(true).open(path.join("process")).unwrap();
+            process.set_len(1 << 20).unwrap();
         }),
         ("no record", |path| fs::remove_file(path.join("machine.json")).unwrap()),
         ("another boot of the host", |path| {
@@ -89,14 +93,24 @@ fn a_template_that_was_touched_is_made_again() {
         assert_eq!(host.sh(&SMALL, "echo fine").expect(0), "fine\n", "{what}");
         assert_ne!(inode(directory().expect("a template").join("memory")), before, "{what}");
     }
-    // Damage that nothing tells of: the machine does not come up, another is booted, and the next one is made.
+    // Damage that nothing tells of: a process that does not go on is not used again, the rest of the template is.
     let path = directory().expect("a template");
     let before = inode(path.join("memory"));
-    let devices = path.join("devices");
-    let written = fs::metadata(&devices).unwrap().modified().unwrap();
-    let file = File::options().write(true).open(&devices).unwrap();
-    std::os::unix::fs::FileExt::write_all_at(&file, &[0xff; 4096], 0).unwrap();
-    file.set_modified(written).unwrap();
+    let damage = |file: PathBuf, at: u64| {
+        let written = fs::metadata(&file).unwrap().modified().unwrap();
+        let file = File::options().write(true).open(&file).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[0xff; 4096], at).unwrap();
+        file.set_modified(written).unwrap();
+    };
+    let process = path.join("process");
+    damage(process.clone(), fs::metadata(&process).unwrap().len() - 4096);
+    for _ in 0..2 {
+        assert_eq!(host.sh(&SMALL, "echo fine").expect(0), "fine\n");
+        assert!(!process.exists());
+    }
+    assert_eq!(inode(directory().expect("a template").join("memory")), before);
+    // Then the machine does not come up, another is booted, and the next one is made.
+    damage(path.join("devices"), 0);
     for _ in 0..2 {
         assert_eq!(host.sh(&SMALL, "echo fine").expect(0), "fine\n");
     }
@@ -107,6 +121,46 @@ fn a_template_that_was_touched_is_made_again() {
     assert!(host.agentkernel(&["gc", "--dry-run"]).expect(0).contains("templates 1\n"));
     host.agentkernel(&["gc"]).expect(0);
     assert_eq!(directory(), None);
+}
+
+/// Guards that the emulator's translations are there from the first moment, and that its walls are.
+#[test]
+fn a_machine_goes_on_as_the_process_that_was_saved() {
+    let host = Host::new();
+    let process = |name: &str| {
+        let info = host.agentkernel(&["info", name, "--json"]);
+        let info: serde_json::Value = serde_json::from_str(info.expect(0)).unwrap();
+        let directory = PathBuf::from(format!("/proc/{}", info["machine_pid"]));
+        let status = fs::read_to_string(directory.join("status")).unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            line.unwrap_or_else(|| panic!("no {name}: {status}")).trim().to_owned()
+        };
+        let program = fs::read_link(directory.join("exe")).unwrap();
+        assert_eq!(
+            (field("NoNewPrivs"), field("Seccomp"), field("CapEff")),
+            ("1".into(), "2".into(), format!("{:016x}", 0))
+        );
+        (
+            program.file_name().unwrap().to_owned(),
+            field("Name"),
+            field("Seccomp_filters").parse::<u32>().unwrap(),
+        )
+    };
+    host.agentkernel(&["create", "dev"]).expect(0);
+    let (program, name, filters) = process("dev");
+    assert_eq!((program.to_str(), name.as_str()), (Some("agentkernel"), "qemu-system-x86"));
+    // Ours, and two in place of QEMU's own.
+    assert_eq!(filters, 3);
+    assert_eq!(exec(&host, "dev", "echo kept > /root/x; sync; python3 -c 'print(6 * 7)'"), "42\n");
+    // Saved in its turn, and booted again.
+    host.agentkernel(&["fork", "dev", "--as", "child"]).expect(0);
+    assert_eq!(exec(&host, "child", "cat /root/x"), "kept\n");
+    host.agentkernel(&["stop", "dev"]).expect(0);
+    host.agentkernel(&["start", "dev"]).expect(0);
+    assert_eq!(process("dev").0.to_str(), Some("qemu-system-x86_64"));
+    assert_eq!(exec(&host, "dev", "cat /root/x"), "kept\n");
+    host.agentkernel(&["rm", "--force", "dev", "child"]).expect(0);
 }
 
 /// Guards that a clone lives by the memory it has mapped, and not by the template's name.

@@ -1,5 +1,6 @@
 //! The jailed side: receives its orders, confines itself, becomes the guarded program.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -13,8 +14,10 @@ use rustix::process::{Gid, Pid, Signal, Uid, getppid, set_parent_process_death_s
 use rustix::thread::UnshareFlags;
 
 use super::{
-    Argument, FIRST_DESCRIPTOR, Layer, Orders, Report, Wall, filter, message, opening, restrict, root,
+    Argument, FIRST_DESCRIPTOR, IMAGE, Layer, Orders, Report, Wall, filter, message, opening, restrict, root,
 };
+
+use crate::process::{Room, resume};
 
 /// Above every descriptor that is passed on.
 const REPORT_DESCRIPTOR: i32 = 128;
@@ -107,6 +110,7 @@ fn run(
     let null =
         OpenOptions::new().read(true).write(true).open("/dev/null").map_err(doing("open /dev/null"))?;
     rustix::stdio::dup2_stdin(&null).map_err(doing("detach standard input"))?;
+    let room = orders.resumed.as_ref().map(|_| Room::look()).transpose().map_err(doing("look at itself"))?;
 
     enter_namespaces(orders, walls);
     let mut prepared = None;
@@ -140,6 +144,16 @@ fn run(
     }
 
     message::send(report, &Report::Layers(walls.layers.clone()), &[]).map_err(doing("report"))?;
+    if let (Some(names), Some(room)) = (&orders.resumed, room) {
+        filter::no_programs().map_err(doing("deny it programs"))?;
+        let passed = names.iter().map(String::as_str).zip(&descriptors).collect::<BTreeMap<_, _>>();
+        let image = passed.get(IMAGE).ok_or("no process is passed")?;
+        let image = File::from(image.try_clone().map_err(doing("open the saved process"))?);
+        return match resume(&room, &image, &passed) {
+            Ok(never) => match never {},
+            Err(error) => Err(format!("go on as a saved process: {error}")),
+        };
+    }
     let Some(program) = &orders.program else { return Ok(()) };
     for descriptor in &descriptors {
         fcntl_setfd(descriptor, FdFlags::empty()).map_err(doing("keep a descriptor"))?;

@@ -5,6 +5,7 @@
 //! libraries' affair: QEMU adds a filter of its own (`-sandbox`). A denied call fails with EPERM.
 
 use std::collections::BTreeMap;
+use std::io;
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
@@ -70,6 +71,66 @@ pub(super) fn system_calls(walls: &mut Walls) {
     });
 }
 
+/// Denied to a process that goes on as another: it has its program, and that one's own filter (QEMU's `-sandbox`) does not
+/// come with it.
+const NO_PROGRAMS: &[i64] = &[
+    libc::SYS_execve,
+    libc::SYS_execveat,
+    libc::SYS_fork,
+    libc::SYS_vfork,
+    libc::SYS_setuid,
+    libc::SYS_setgid,
+    libc::SYS_setreuid,
+    libc::SYS_setregid,
+    libc::SYS_setresuid,
+    libc::SYS_setresgid,
+    libc::SYS_setfsuid,
+    libc::SYS_setfsgid,
+    libc::SYS_setgroups,
+    libc::SYS_setpgid,
+    libc::SYS_setsid,
+    libc::SYS_setpriority,
+    libc::SYS_ioprio_set,
+    libc::SYS_sched_setparam,
+    libc::SYS_sched_setscheduler,
+    libc::SYS_sched_setattr,
+    libc::SYS_sched_setaffinity,
+    libc::SYS_uselib,
+    libc::SYS_ustat,
+    libc::SYS_sysfs,
+    libc::SYS__sysctl,
+    libc::SYS_personality,
+    libc::SYS_modify_ldt,
+    libc::SYS_iopl,
+    libc::SYS_ioperm,
+    libc::SYS_quotactl,
+    libc::SYS_reboot,
+    libc::SYS_swapon,
+    libc::SYS_swapoff,
+    libc::SYS_syslog,
+];
+
+/// Puts that filter in place.
+pub(super) fn no_programs() -> io::Result<()> {
+    let apply = |filter: Result<SeccompFilter, seccompiler::BackendError>| {
+        let program: BpfProgram = filter.and_then(TryInto::try_into).map_err(io::Error::other)?;
+        seccompiler::apply_filter(&program).map_err(io::Error::other)
+    };
+    let threads = u64::from(libc::CLONE_THREAD.unsigned_abs());
+    let process = SeccompCondition::new(0, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(threads), 0)
+        .and_then(|condition| SeccompRule::new(vec![condition]))
+        .map_err(io::Error::other)?;
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        NO_PROGRAMS.iter().map(|call| (*call, Vec::new())).collect();
+    rules.insert(libc::SYS_clone, vec![process]);
+    let denied = SeccompAction::Errno(libc::EPERM.unsigned_abs());
+    apply(SeccompFilter::new(rules, SeccompAction::Allow, denied, TargetArch::x86_64))?;
+    // Its arguments lie in memory, where a filter does not see them: the C library takes the older call then.
+    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    let unknown = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+    apply(SeccompFilter::new(rules, SeccompAction::Allow, unknown, TargetArch::x86_64))
+}
+
 fn program(own: u32) -> Result<BpfProgram, seccompiler::BackendError> {
     let other = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, u64::from(own))?;
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = DENIED.iter().map(|call| (*call, Vec::new())).collect();
@@ -78,4 +139,29 @@ fn program(own: u32) -> Result<BpfProgram, seccompiler::BackendError> {
     }
     let denied = SeccompAction::Errno(libc::EPERM.unsigned_abs());
     SeccompFilter::new(rules, SeccompAction::Allow, denied, TargetArch::x86_64)?.try_into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+    use std::thread;
+
+    #[test]
+    fn without_programs_there_are_threads_and_nothing_else() {
+        // A filter holds for the thread that puts it in place.
+        let confined = thread::spawn(|| {
+            rustix::thread::set_no_new_privs(true).expect("no_new_privs");
+            super::no_programs().expect("the filter");
+            let started = Command::new("/bin/true").spawn().map(drop);
+            let other = thread::spawn(|| 1).join().ok();
+            // The call itself: the C library's function has all threads make it, and these are not of one mind.
+            // SAFETY: it changes nothing.
+            #[allow(unsafe_code)]
+            let identity = unsafe { libc::syscall(libc::SYS_setuid, libc::getuid()) };
+            (started.map_err(|error| error.kind()), other, identity)
+        });
+        let (started, other, identity) = confined.join().expect("the thread");
+        assert_eq!(started, Err(std::io::ErrorKind::PermissionDenied));
+        assert_eq!((other, identity), (Some(1), -1));
+    }
 }

@@ -12,6 +12,9 @@
 //!   layers, or why not  <────────────────────    report
 //!   end of file         <────────────────────    exec
 //! ```
+//! Or it becomes a process that was saved (the crate's module `process`), without executing anything: then no program, no library and
+//! no data is to be found in its root, and it can neither execute nor start a process.
+//!
 //! A layer that a host does not offer is left out and reported; `doctor` shows it. INVARIANT: the thread that starts the
 //! process lives as long as it, because a parent-death signal fires when the parent's *thread* ends.
 
@@ -30,6 +33,9 @@ use serde::{Deserialize, Serialize};
 
 pub use enter::main;
 pub use spawn::{Confinement, Ended, JailConfig, JailError, Jailed, spawn};
+
+/// The name of a saved process among [`JailConfig::resumed`].
+pub const IMAGE: &str = "image";
 
 /// The hidden verb under which the program calls [`main`], before it starts any thread.
 pub const VERB: &str = "__jail";
@@ -136,6 +142,8 @@ struct Orders {
     without: Vec<Wall>,
     /// The first file it opens for reading and writing is answered from outside ([`JailConfig::opened`]).
     asks: bool,
+    /// As [`JailConfig::resumed`].
+    resumed: Option<Vec<String>>,
 }
 
 /// What the guarded process answers.
@@ -164,6 +172,7 @@ pub async fn probe(launcher: &Path) -> Result<Vec<Layer>, JailError> {
         limits: Limits { file_size_bytes: 0, address_space_bytes: None, open_files: 64, processes: 16 },
         without: Vec::new(),
         opened: None,
+        resumed: None,
         watchers: None,
     };
     Ok(spawn(config).await?.layers().to_vec())

@@ -17,6 +17,8 @@ use super::{Argument, Layer, Limits, Orders, Report, VERB, Wall, message, openin
 
 /// Setting up takes milliseconds; a host so busy that it takes this long is not usable.
 const SETUP_LIMIT: Duration = Duration::from_secs(20);
+/// How often it is tried again to go on as a saved process.
+const RESUMPTIONS: usize = 2;
 /// How much of the process's standard error is kept: its last words.
 const ERRORS_KEPT: usize = 8 << 10;
 /// How long the last words are waited for after the process ended.
@@ -50,6 +52,9 @@ pub struct JailConfig {
     pub without: Vec<Wall>,
     /// What the first file that the program opens for reading and writing turns out to be: this one, as it was opened here.
     pub opened: Option<File>,
+    /// In place of a program: the process goes on as the one that was saved in the descriptor called [`super::IMAGE`]. Names
+    /// for [`Self::descriptors`], in their order.
+    pub resumed: Option<Vec<String>>,
     /// What the threads that watch the process do once it runs, before anything of it is read.
     pub watchers: Option<Confinement>,
 }
@@ -167,7 +172,7 @@ pub async fn spawn(config: JailConfig) -> Result<Jailed, JailError> {
         .name("machine".to_owned())
         .spawn(move || {
             let mut config = config;
-            let (mut child, mut started) = match start(&config, &orders) {
+            let (mut child, mut started) = match start_again(&config, &orders) {
                 Ok(running) => running,
                 Err(error) => return drop(started_in.send(Err(error))),
             };
@@ -232,7 +237,21 @@ fn orders(config: &JailConfig, identity: Option<u32>) -> Result<Orders, JailErro
         limits: config.limits,
         without: config.without.clone(),
         asks: config.opened.is_some(),
+        resumed: config.resumed.clone(),
     })
+}
+
+/// A process that is to go on as another may find something of its own where that one's memory belongs, once in some
+/// hundred times.
+fn start_again(config: &JailConfig, orders: &Orders) -> Result<(Child, Started), JailError> {
+    let mut result = start(config, orders);
+    for _ in 0..RESUMPTIONS {
+        match result {
+            Err(JailError::Setup { .. }) if config.resumed.is_some() => result = start(config, orders),
+            _ => break,
+        }
+    }
+    result
 }
 
 fn start(config: &JailConfig, orders: &Orders) -> Result<(Child, Started), JailError> {

@@ -16,6 +16,17 @@ const MEMORY_PATH: &str = "/memory";
 /// The set of descriptors that the state of devices is written to.
 pub(super) const DEVICES_SET: &str = "/dev/fdset/100";
 
+/// QEMU's sockets, from the first descriptor on.
+pub(super) const SOCKETS: [&str; 3] = ["qmp", "agent", "console"];
+/// The one that follows: its network's.
+pub(super) const NETWORK: &str = "network";
+/// Where it writes the state of its devices.
+pub(super) const DEVICES: &str = "devices";
+/// Its disks, numbered.
+pub(super) const DISK: &str = "disk";
+/// What it holds open, numbered.
+pub(super) const HELD: &str = "held";
+
 /// Translated code kept, in MiB. QEMU's own choice grows with the guest's memory up to 1 GiB.
 const TRANSLATION_MIB: u32 = 256;
 
@@ -119,8 +130,9 @@ impl Plan {
         FIRST_DESCRIPTOR as usize + self.descriptors.len() - 1
     }
 
+    /// Comes first: a process that is saved is known by these numbers.
     pub(super) fn sockets(&mut self, qmp: OwnedFd, stream: OwnedFd, serial: OwnedFd) {
-        for (name, socket) in [("qmp", qmp), ("agent", stream), ("console", serial)] {
+        for (name, socket) in SOCKETS.into_iter().zip([qmp, stream, serial]) {
             let number = self.descriptor(socket);
             self.option("-chardev", &format!("socket,id={name},fd={number}"));
         }
@@ -155,7 +167,7 @@ impl Plan {
     }
 
     /// The card needs no offloads: its cable carries plain frames, and one frame is as long as it may be. A machine that was
-    /// restored has nothing to announce to a network that knows it.
+    /// restored has nothing to announce to a network that knows it. Comes second, for the same reason as the sockets.
     pub(super) fn network(&mut self, card: NetworkCard) {
         let NetworkCard { cable, address, mtu } = card;
         let number = self.descriptor(cable.into());
@@ -220,6 +232,35 @@ impl Plan {
     }
 }
 
+/// What `blockdev-reopen` is to be told so that a flush of the guest reaches the host in a machine that was started with
+/// scratch disks only; of each disk its index and whether it is read-only.
+pub(super) fn flushed(disks: &[(usize, bool)]) -> serde_json::Value {
+    let both = |(index, is_read_only): &(usize, bool)| {
+        let common = serde_json::json!({
+            "read-only": is_read_only,
+            "discard": "unmap",
+            "cache": { "direct": false, "no-flush": false },
+        });
+        let node = |more: serde_json::Value| {
+            let mut node = common.clone();
+            if let (Some(node), serde_json::Value::Object(more)) = (node.as_object_mut(), more) {
+                node.extend(more);
+            }
+            node
+        };
+        let file = format!("file{index}");
+        [
+            node(serde_json::json!({
+                "driver": "file", "node-name": file, "filename": format!("/dev/fdset/{index}"),
+                "locking": "off", "aio": "threads",
+            })),
+            node(serde_json::json!({ "driver": "raw", "node-name": format!("disk{index}"), "file": file })),
+        ]
+    };
+    let options: Vec<serde_json::Value> = disks.iter().flat_map(both).collect();
+    serde_json::json!({ "options": options })
+}
+
 /// What QEMU reads: itself, its loader and libraries, its firmware.
 pub(super) fn readable(program: &Path) -> Vec<PathBuf> {
     let mut paths: Vec<PathBuf> =
@@ -245,4 +286,19 @@ pub(super) fn devices(accelerator: Accelerator) -> Vec<PathBuf> {
         devices.push(PathBuf::from("/dev/kvm"));
     }
     devices
+}
+
+#[cfg(test)]
+mod tests {
+    /// Guards that a sandbox that is to stay does not lose what its guest has synced.
+    #[test]
+    fn both_nodes_of_a_durable_disk_are_opened_anew_with_flushes() {
+        let options = super::flushed(&[(0, false), (2, true)]);
+        let nodes = options["options"].as_array().expect("a list");
+        let names: Vec<_> = nodes.iter().filter_map(|node| node["node-name"].as_str()).collect();
+        assert_eq!(names, ["file0", "disk0", "file2", "disk2"]);
+        assert!(nodes.iter().all(|node| node["cache"]["no-flush"] == false));
+        assert_eq!((&nodes[0]["filename"], &nodes[1]["file"]), (&"/dev/fdset/0".into(), &"file0".into()));
+        assert_eq!((&nodes[1]["read-only"], &nodes[3]["read-only"]), (&false.into(), &true.into()));
+    }
 }

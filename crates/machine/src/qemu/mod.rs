@@ -33,6 +33,8 @@ use crate::console::{self, Console};
 use crate::jail::{self, Ended, JailConfig, JailError, Jailed, Layer, Limits};
 use crate::kernel::Kernel;
 use crate::machine::{Capabilities, Exit, ExitReason, Machine, MachineError, Metrics, Work, process_metrics};
+use crate::memory::Capture;
+use crate::process;
 use qmp::Qmp;
 
 pub use arguments::AGENT_PORT;
@@ -88,6 +90,9 @@ pub struct Restore {
     pub memory: File,
     /// What [`Machine::save`] gave.
     pub devices: Vec<u8>,
+    /// What [`save_process`] wrote of a machine with scratch disks: the machine goes on as that process, and the devices are
+    /// in it.
+    pub process: Option<File>,
 }
 
 /// A network card.
@@ -164,6 +169,12 @@ pub enum StartError {
         /// What the system said.
         source: io::Error,
     },
+    /// A saved process does not go on.
+    #[error("the saved process does not go on")]
+    Resume {
+        /// What it said.
+        source: MachineError,
+    },
     /// The process did not start.
     #[error("cannot start the machine's process")]
     Jail {
@@ -182,7 +193,7 @@ impl StartError {
             Self::TooLittleMemory { .. } => Some("ask for less with --memory".to_owned()),
             Self::NoHardware { .. } => Some("agentkernel doctor".to_owned()),
             Self::Open { .. } => Some("agentkernel setup".to_owned()),
-            Self::Config { .. } | Self::Sockets { .. } | Self::Jail { .. } => None,
+            Self::Config { .. } | Self::Sockets { .. } | Self::Resume { .. } | Self::Jail { .. } => None,
         }
     }
 }
@@ -224,14 +235,63 @@ pub async fn start(config: MachineConfig) -> Result<QemuMachine, StartError> {
     let (stream, stream_end) = pair().map_err(sockets)?;
     let (serial, serial_end) = pair().map_err(sockets)?;
 
+    let devices = Devices::new().map_err(sockets)?;
+    let ends = Ends {
+        sockets: [qmp_end.into(), stream_end.into(), serial_end.into()],
+        devices: devices.write.try_clone().map_err(sockets)?.into(),
+    };
+    let hardware = config.accelerator == Accelerator::Kvm;
+    let durable =
+        config.disks.iter().enumerate().filter(|(_, disk)| disk.durability == DiskDurability::Durable);
+    let durable: Vec<(usize, bool)> = durable.map(|(index, disk)| (index, disk.read_only)).collect();
+    let (jail, log) = match config.restore {
+        Some(Restore { process: Some(_), .. }) => resumed(config, ends)?,
+        _ => executed(config, ends, program, clock).await?,
+    };
+    let is_resumed = jail.resumed.is_some();
+    let process = jail::spawn(jail).await?;
+    let console = Arc::new(Mutex::new(Console::new(log)));
+    tokio::spawn(console::drain(serial, Arc::clone(&console)));
+    let machine = QemuMachine {
+        process,
+        qmp: Qmp::connect(qmp, is_resumed),
+        stream: Mutex::new(Some(stream)),
+        console,
+        killed: AtomicBool::new(false),
+        hardware,
+        devices: Arc::new(devices),
+    };
+    if is_resumed {
+        machine.go_on(&durable).await.map_err(|source| StartError::Resume { source })?;
+    }
+    Ok(machine)
+}
+
+/// The ends of a machine's process.
+struct Ends {
+    sockets: [OwnedFd; 3],
+    devices: OwnedFd,
+}
+
+/// A process that executes QEMU, which boots or loads a saved machine.
+async fn executed(
+    config: MachineConfig,
+    ends: Ends,
+    program: PathBuf,
+    clock: clock::Measurement,
+) -> Result<(JailConfig, Option<ConsoleLog>), StartError> {
     let limits = limits(&config);
     let mut plan = arguments::Plan::new(&config);
-    plan.sockets(qmp_end.into(), stream_end.into(), serial_end.into());
-    let devices = Devices::new().map_err(sockets)?;
-    plan.devices(devices.write.try_clone().map_err(sockets)?.into());
+    let [qmp, stream, serial] = ends.sockets;
+    plan.sockets(qmp, stream, serial);
+    if let Some(card) = config.network {
+        plan.network(card);
+    }
+    plan.devices(ends.devices);
     let opened = match config.restore {
         Some(restore) => {
-            plan.restore(anonymous("restored", &restore.devices).map_err(sockets)?.into());
+            let devices = anonymous("restored", &restore.devices);
+            plan.restore(devices.map_err(|source| StartError::Sockets { source })?.into());
             Some(restore.memory)
         }
         None => {
@@ -240,11 +300,6 @@ pub async fn start(config: MachineConfig) -> Result<QemuMachine, StartError> {
             None
         }
     };
-    let hardware = config.accelerator == Accelerator::Kvm;
-    let log = config.console_log;
-    if let Some(card) = config.network {
-        plan.network(card);
-    }
     plan.disks(config.disks.into_iter().map(least_access).collect::<Result<_, _>>()?);
     let (arguments, descriptors) = plan.finish(config.inherit);
     let jail = JailConfig {
@@ -258,21 +313,71 @@ pub async fn start(config: MachineConfig) -> Result<QemuMachine, StartError> {
         limits,
         without: Vec::new(),
         opened,
+        resumed: None,
         watchers: config.watchers,
     };
-    let process = jail::spawn(jail).await?;
-    let console = Arc::new(Mutex::new(Console::new(log)));
-    tokio::spawn(console::drain(serial, Arc::clone(&console)));
-    let stream = Mutex::new(Some(stream));
-    Ok(QemuMachine {
-        process,
-        qmp: Qmp::connect(qmp),
-        stream,
-        console,
-        killed: AtomicBool::new(false),
-        hardware,
-        devices: Arc::new(devices),
-    })
+    Ok((jail, config.console_log))
+}
+
+/// A process that goes on as one that was saved.
+fn resumed(config: MachineConfig, ends: Ends) -> Result<(JailConfig, Option<ConsoleLog>), StartError> {
+    let limits = limits(&config);
+    let mut passed: Vec<(String, OwnedFd)> = Vec::new();
+    let mut pass = |name: &str, descriptor: OwnedFd| passed.push((name.to_owned(), descriptor));
+    for (name, socket) in arguments::SOCKETS.into_iter().zip(ends.sockets) {
+        pass(name, socket);
+    }
+    if let Some(card) = config.network {
+        pass(arguments::NETWORK, card.cable.into());
+    }
+    pass(arguments::DEVICES, ends.devices);
+    if let Some(Restore { memory, process: Some(process), .. }) = config.restore {
+        pass(process::MEMORY, memory.into());
+        pass(jail::IMAGE, process.into());
+    }
+    for (index, disk) in config.disks.into_iter().enumerate() {
+        pass(&format!("{}{index}", arguments::DISK), least_access(disk)?.file.into());
+    }
+    for (index, held) in config.inherit.into_iter().enumerate() {
+        pass(&format!("{}{index}", arguments::HELD), held);
+    }
+    let (names, descriptors) = passed.into_iter().unzip();
+    let jail = JailConfig {
+        readable: Vec::new(),
+        program: None,
+        launcher: config.launcher,
+        arguments: Vec::new(),
+        descriptors,
+        devices: arguments::devices(config.accelerator),
+        identity: config.machine_uid,
+        limits,
+        without: Vec::new(),
+        opened: None,
+        resumed: Some(names),
+        watchers: config.watchers,
+    };
+    Ok((jail, config.console_log))
+}
+
+/// Saves the process of a machine that stands still, for others to go on as ([`Restore::process`]). `memory` is that of the
+/// machine, `disks` and `held` are the files it was given as [`MachineConfig::disks`] and [`MachineConfig::inherit`]. Returns
+/// where QEMU and its libraries are, whose code is saved with it.
+///
+/// # Errors
+/// If the process may not be looked into or cannot be saved, or the disk is full. The machine is none the worse for it.
+pub fn save_process(
+    memory: &Capture,
+    disks: Vec<File>,
+    held: Vec<File>,
+    target: &File,
+) -> io::Result<Vec<PathBuf>> {
+    let sockets = arguments::SOCKETS.into_iter().chain([arguments::NETWORK]);
+    let sockets: Vec<(i32, &str)> = (jail::FIRST_DESCRIPTOR..).zip(sockets).collect();
+    let number = |name: &'static str| move |(index, file)| (format!("{name}{index}"), file);
+    let disks = disks.into_iter().enumerate().map(number(arguments::DISK));
+    let held = held.into_iter().enumerate().map(number(arguments::HELD));
+    let files: Vec<(String, File)> = disks.chain(held).collect();
+    process::capture(memory.process(), memory.base(), &sockets, &files, target)
 }
 
 /// Where QEMU writes the state of its devices: a file in memory that it can only write.
@@ -386,6 +491,15 @@ fn pair() -> io::Result<(UnixStream, StdUnixStream)> {
 }
 
 impl QemuMachine {
+    /// Has a process go on that was saved while it stood still, and with scratch disks: those that are durable become so.
+    async fn go_on(&self, durable: &[(usize, bool)]) -> Result<(), MachineError> {
+        if !durable.is_empty() {
+            let options = arguments::flushed(durable);
+            self.qmp.execute_with("blockdev-reopen", &options, "have its disk written back").await?;
+        }
+        self.resume().await
+    }
+
     fn exit(&self, ended: &Ended) -> Exit {
         let console = self.console.lock().unwrap_or_else(PoisonError::into_inner);
         let status = ended.status;

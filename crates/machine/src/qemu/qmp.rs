@@ -56,12 +56,12 @@ struct Answer {
 }
 
 impl Qmp {
-    /// Takes the socket over. QEMU may still be starting.
-    pub(super) fn connect(socket: UnixStream) -> Self {
+    /// Takes the socket over. QEMU may still be starting, or have been `greeted` in another's life.
+    pub(super) fn connect(socket: UnixStream, greeted: bool) -> Self {
         let (reader, writer) = socket.into_split();
         let (answers_in, answers) = mpsc::channel(4);
         tokio::spawn(read(reader, answers_in));
-        Self { inner: Arc::new(Mutex::new(Inner { writer, answers, next: 0, greeted: false })) }
+        Self { inner: Arc::new(Mutex::new(Inner { writer, answers, next: 0, greeted })) }
     }
 
     /// Executes a command and waits for its answer. `action` names it in errors.
@@ -158,7 +158,7 @@ mod tests {
     fn answers_are_matched_by_id_between_events() {
         runtime().block_on(async {
             let (ours, theirs) = UnixStream::pair().expect("a pair");
-            let qmp = Qmp::connect(ours);
+            let qmp = Qmp::connect(ours, false);
             let (reader, mut writer) = theirs.into_split();
             let server = async move {
                 let mut lines = BufReader::new(reader).lines();
@@ -186,7 +186,7 @@ mod tests {
     fn an_endless_line_ends_the_connection() {
         runtime().block_on(async {
             let (ours, mut theirs) = UnixStream::pair().expect("a pair");
-            let qmp = Qmp::connect(ours);
+            let qmp = Qmp::connect(ours, false);
             let flood = async move { while theirs.write_all(&[b'x'; 4096]).await.is_ok() {} };
             let (result, ()) = tokio::join!(qmp.execute("stop", "pause"), flood);
             assert!(matches!(result, Err(MachineError::Ended)));

@@ -11,11 +11,11 @@ use agentkernel_machine::qemu::{self, Disk, DiskDurability, MachineConfig, Netwo
 use agentkernel_network::Network;
 use tokio::net::UnixStream;
 
+use crate::disk;
 use crate::problem::{Problem, io, plain, problem};
 use crate::saved::Fingerprint;
-use crate::spec::{Image, Spec};
+use crate::spec::Spec;
 use crate::state::SandboxDirectory;
-use crate::{disk, state};
 
 /// Serial number of the disk that holds an image's root file system.
 pub(super) const IMAGE_SERIAL: &str = "image";
@@ -91,18 +91,12 @@ pub(super) async fn start(
 }
 
 fn disks(spec: &Spec, directory: &SandboxDirectory) -> Result<Vec<Disk>, Problem> {
-    let writable = directory.path().join(disk::FILE_NAME);
-    let file = state::private_file().open(&writable).map_err(io(format!("open {}", writable.display())))?;
     let durability = if directory.is_temporary() { DiskDurability::Scratch } else { DiskDurability::Durable };
-    let mut disks = vec![Disk { file, read_only: false, serial: WRITABLE_SERIAL.into(), durability }];
-    if let Image::Disk { path, .. } = &spec.image {
-        let file = File::open(path).map_err(io(format!("open {}", path.display())))?;
-        disks.push(Disk {
-            file,
-            read_only: true,
-            serial: IMAGE_SERIAL.into(),
-            durability: DiskDurability::Scratch,
-        });
-    }
-    Ok(disks)
+    let disks = disk::all(spec, directory.path())?.into_iter().map(|(file, kind)| match kind {
+        disk::Kind::Writable => Disk { file, read_only: false, serial: WRITABLE_SERIAL.into(), durability },
+        disk::Kind::Image => {
+            Disk { file, read_only: true, serial: IMAGE_SERIAL.into(), durability: DiskDurability::Scratch }
+        }
+    });
+    Ok(disks.collect())
 }

@@ -284,9 +284,18 @@ impl Session {
     ) -> Result<Option<Up>, Problem> {
         let Some(restore) = restore else { return self.boot(ground, lease).await };
         let (from, directory) = (restore.from, restore.directory.clone());
-        let failed = match self.resume(ground, lease, restore, exports).await {
-            Ok(Some(up)) => return Ok(Some(up)),
-            Ok(None) => return Ok(None),
+        let (shorter, longer) = restore.ways()?;
+        let mut resumed = self.resume(ground, lease, shorter, exports).await;
+        if let (Err(problem), Some(longer)) = (&resumed, longer) {
+            let text =
+                format!("the machine's process did not go on, its devices are loaded: {}", problem.message);
+            tracing::info!("{text}");
+            self.record.say("warning", &text);
+            saved::forget_process(&directory);
+            resumed = self.resume(ground, lease, longer, exports).await;
+        }
+        let failed = match resumed {
+            Ok(up) => return Ok(up),
             Err(problem) => problem,
         };
         if from == From::Sandbox {

@@ -13,7 +13,7 @@
 //! A template is good as long as everything it was made of is the same: program, kernel, QEMU and size, the image, the
 //! bundles of certificates, and for the `host` image every file of the host that its guest has looked at. It is not synced to the disk, so one that a former boot of
 //! the host made is not used either. The emulator's process is saved as well, with what it has translated, so that others go
-//! on as it ([`saved`]); its libraries must be the same then, too. Whatever is wrong with one, it is made again: it only saves time.
+//! on as it; its libraries must be the same then, too. Whatever is wrong with one, it is made again: it only saves time.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};

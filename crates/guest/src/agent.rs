@@ -105,10 +105,6 @@ async fn serve(booted: Booted) -> Result<Infallible, Error> {
         if let Err(error) = port.accept(&booted.kernel).await {
             return Err(Error::other(format!("the host's greeting: {error}")));
         }
-        if let Some(layout) = agent.layout.get().cloned() {
-            let reaper = agent.reaper.clone();
-            drop(spawn_blocking(move || exec::rehearse(&reaper, &layout)));
-        }
         let shared = agent.clone();
         mux::guest(port.session(), move |stream| {
             let agent = shared.clone();
@@ -136,6 +132,10 @@ async fn answer(agent: &Agent, mut stream: Stream) -> Result<(), FrameError> {
             Ok(())
         }
         Request::Configure(wish) => {
+            if let Some(layout) = agent.layout.get().cloned().filter(|_| wish.rehearse) {
+                let reaper = agent.reaper.clone();
+                drop(spawn_blocking(move || exec::rehearse(&reaper, &layout)));
+            }
             let root = wish.assemble.iter().filter_map(|assemble| match &assemble.root {
                 Root::FileSystem { tag } => Some(tag.as_str()),
                 Root::Disk { .. } => None,

@@ -17,7 +17,7 @@ pub mod mux;
 pub mod record;
 
 /// Version of the conversation; both sides must have the same.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Name of the agent's port, found by the guest in `/sys/class/virtio-ports/*/name`.
 pub const PORT_NAME: &str = "org.agentkernel.agent";

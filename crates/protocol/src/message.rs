@@ -201,6 +201,9 @@ pub struct Configure {
     pub identity: Identity,
     /// Once in a machine's life.
     pub furnish: Option<Furnish>,
+    /// The emulator has translated nothing yet: run a program that does nothing meanwhile, so that what the first one needs
+    /// is translated by the time it comes.
+    pub rehearse: bool,
 }
 
 /// The root file system.

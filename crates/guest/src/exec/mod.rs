@@ -78,9 +78,8 @@ async fn fail(stream: &mut Stream, kind: ExecFailure, message: String) -> Result
     Ok(stream.shutdown().await?)
 }
 
-/// Runs a program that does nothing, in a machine that was just restored, on another processor than the one that gets it
-/// ready: an emulator translates what it runs for the first time, and so what the first program needs is translated by
-/// the time it comes.
+/// Runs a program that does nothing, on another processor than the one that gets the machine ready, for what an emulator
+/// translates meanwhile.
 pub(crate) fn rehearse(reaper: &Reaper, layout: &Layout) {
     let wish = Exec {
         arguments: vec![serde_bytes::ByteBuf::from("/bin/true")],

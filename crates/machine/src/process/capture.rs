@@ -15,6 +15,8 @@ use crate::memory::{self, CHUNK, OwnPages};
 
 /// How long a thread may take to stop; it waits anyhow.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Most bytes of pages that are saved: an emulator has some 200 MiB of its own, half of them translations.
+const PAGES_LIMIT: u64 = 1 << 30;
 /// Below the stack pointer, and below what the ABI lets a function use there: 128 bytes.
 const SCRATCH: u64 = 1024;
 /// The instruction `syscall`.
@@ -331,7 +333,7 @@ fn mappings(process: i32, memory: &File, source: &File, target: &File) -> io::Re
     let pages = OwnPages::open(process.unsigned_abs())?;
     let text = memory::read_limited(&format!("/proc/{process}/maps"))?;
     let (mut mappings, mut kernel_mappings, mut end) = (Vec::new(), Vec::new(), 0);
-    let mut files = BTreeSet::new();
+    let (mut files, mut written) = (BTreeSet::new(), 0);
     let mut buffer = vec![0; CHUNK];
     for line in text.lines() {
         let (area, name) = memory::parse_area(line).ok_or_else(|| unusual(format!("mapping {line}")))?;
@@ -376,6 +378,10 @@ fn mappings(process: i32, memory: &File, source: &File, target: &File) -> io::Re
         if runs.is_empty() {
             add(&mut mappings, Content::Empty);
             continue;
+        }
+        written += runs.iter().map(|run| run.end - run.start).sum::<u64>();
+        if written > PAGES_LIMIT {
+            return Err(unusual("it has grown too large"));
         }
         for run in runs {
             memory::copy_range(source, run.clone(), target, end + (run.start - start), &mut buffer)?;

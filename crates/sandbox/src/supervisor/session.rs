@@ -85,6 +85,8 @@ struct Up {
     started: machine::Started,
     port: Port<UnixStream>,
     needs: Needs,
+    /// A fresh emulator has loaded it.
+    is_loaded: bool,
     epoch: u32,
     /// What a guest that was booted is told to trust.
     authorities: Vec<ByteBuf>,
@@ -317,6 +319,7 @@ impl Session {
     ) -> Result<Option<Up>, Problem> {
         let Restore { from, machine, epoch, tables, fingerprint, flows, .. } = restore;
         exports.adopt(&tables, from)?;
+        let is_loaded = machine.process.is_none();
         let epoch =
             epoch.checked_add(1).ok_or_else(|| plain("restore", "it was restored too often", None))?;
         let mut started = self.start_machine(ground, Some((machine, &fingerprint)), flows).await?;
@@ -339,7 +342,7 @@ impl Session {
             return Err(plain("restore", format!("the saved machine does not go on: {words}"), None));
         }
         let needs = if from == From::Template { Needs::Furniture } else { Needs::Identity };
-        Ok(Some(Up { started, port, needs, epoch, authorities: Vec::new() }))
+        Ok(Some(Up { started, port, needs, is_loaded, epoch, authorities: Vec::new() }))
     }
 
     /// Starts the machine, again if it does not come up; `None` if nobody waits for it any more.
@@ -357,7 +360,7 @@ impl Session {
             let limit = limits.next().filter(|_| started.accelerator == Accelerator::Tcg);
             let up = |started, port| {
                 let authorities = trusted.certificates.clone();
-                Ok(Some(Up { started, port, needs: Needs::All, epoch, authorities }))
+                Ok(Some(Up { started, port, needs: Needs::All, is_loaded: false, epoch, authorities }))
             };
             // The last one gets all the time there is, where its answer is read.
             let Some(limit) = limit else { return up(started, port) };
@@ -436,7 +439,8 @@ impl Session {
         terminate: Signal,
         wish: &RefCell<Option<Wish>>,
     ) -> Result<(), Problem> {
-        let Up { started, mut port, needs, epoch, authorities } = up;
+        let Up { started, mut port, needs, is_loaded, epoch, authorities } = up;
+        let rehearse = is_loaded && started.accelerator == Accelerator::Tcg;
         let deadline = boot_deadline(started.accelerator);
         tokio::select! {
             greeting = tokio::time::timeout(deadline, port.answer()) => match greeting {
@@ -449,7 +453,7 @@ impl Session {
         let (opener, driver) = mux::host(port.session());
         let talk = async {
             tokio::select! {
-                configured = tokio::time::timeout(deadline, configure(self.configuration(needs, authorities), exports, &opener)) => {
+                configured = tokio::time::timeout(deadline, configure(self.configuration(needs, rehearse, authorities), exports, &opener)) => {
                     configured.map_err(|_| boot_timeout(deadline))??;
                 }
                 () = lease.ended() => return Ok(()),
@@ -518,7 +522,7 @@ impl Session {
         }
     }
 
-    fn configuration(&self, needs: Needs, authorities: Vec<ByteBuf>) -> Configure {
+    fn configuration(&self, needs: Needs, rehearse: bool, authorities: Vec<ByteBuf>) -> Configure {
         let spec = &self.spec;
         let assemble = (needs == Needs::All).then(|| Assemble {
             root: match &spec.image {
@@ -532,7 +536,8 @@ impl Session {
         });
         // A template is saved before it is anybody's.
         let furnish = needs != Needs::Identity && !self.sandbox.is_template();
-        Configure { assemble, identity: identity(spec), furnish: furnish.then(|| self.furniture()) }
+        let furnish = furnish.then(|| self.furniture());
+        Configure { assemble, identity: identity(spec), furnish, rehearse }
     }
 
     fn furniture(&self) -> Furnish {

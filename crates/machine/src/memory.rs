@@ -35,7 +35,7 @@ const MAPS_LIMIT: u64 = 4 << 20;
 pub struct Capture {
     process: u32,
     /// Refers to the process as long as it is held; its number could come to mean another.
-    _handle: std::os::fd::OwnedFd,
+    handle: std::os::fd::OwnedFd,
     /// The file behind the memory.
     base: File,
     mappings: Vec<Area>,
@@ -85,7 +85,7 @@ impl Capture {
                 // What was a file a moment ago is whatever the process makes of it: opening must not wait.
                 let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
                 let base = File::options().read(true).custom_flags(flags).open(path)?;
-                return Ok(Self { process, _handle: handle, base, mappings, size });
+                return Ok(Self { process, handle, base, mappings, size });
             }
         }
         Err(missing())
@@ -124,6 +124,13 @@ impl Capture {
 
     fn is_shared(&self) -> bool {
         self.mappings.iter().all(|mapping| mapping.is_shared)
+    }
+
+    /// Whether the process has ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut polled = [PollFd::new(&self.handle, PollFlags::IN)];
+        poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) != Ok(0)
     }
 
     /// The process.

@@ -509,7 +509,8 @@ impl Restore {
         let memory = saved.directory.join(MEMORY);
         let devices = saved.directory.join(DEVICES);
         let process = saved.record.process.as_ref().map(|_| saved.directory.join(PROCESS));
-        let process = process.map(|path| open_plain(&path).map_err(io(format!("open {}", path.display()))));
+        // Gone meanwhile, if it did not go on elsewhere.
+        let process = process.and_then(|path| open_plain(&path).ok());
         let tables = saved.record.file_systems.iter();
         Ok(Self {
             from: order.from,
@@ -518,7 +519,7 @@ impl Restore {
                 memory: open_plain(&memory).map_err(io(format!("open {}", memory.display())))?,
                 devices: read_limited(&devices, DEVICES_LIMIT)
                     .map_err(io(format!("read {}", devices.display())))?,
-                process: process.transpose()?,
+                process,
             },
             epoch: saved.record.epoch,
             tables: tables.map(|tag| Ok((tag.clone(), saved.table(tag)?))).collect::<Result<_, Problem>>()?,
@@ -582,8 +583,10 @@ async fn save_with(
         tokio::task::spawn_blocking(move || {
             let process = process.map(|file| {
                 let disks = disks.into_iter().map(|(file, _)| file).collect();
-                qemu::save_process(&capture, disks, vec![lock], &file)
-                    .and_then(|code| SavedProcess::new(&file, &code))
+                let code = qemu::save_process(&capture, disks, vec![lock], &file);
+                let saved = code.and_then(|code| SavedProcess::new(&file, &code));
+                // What is left of it may be what the rest of the machine has no room for.
+                saved.inspect_err(|_| drop(file.set_len(0)))
             });
             (capture.finish(&memory), disk::copy(&disk_source, &target), process)
         })

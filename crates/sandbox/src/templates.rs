@@ -59,7 +59,7 @@ const LOOKED_FOR: &str =
     "true sh bash ls cat git make env python python3 pip node npm npx cargo rustc go java ruby php perl";
 
 /// Raised with every change of what is done in a template before it is saved.
-const RECIPE: u32 = 5;
+const RECIPE: u32 = 6;
 
 /// What a template was made of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -149,7 +149,7 @@ fn run(
         let passed = names.iter().map(String::as_str).zip(&descriptors).collect::<BTreeMap<_, _>>();
         let image = passed.get(IMAGE).ok_or("no process is passed")?;
         let image = File::from(image.try_clone().map_err(doing("open the saved process"))?);
-        return match resume(&room, &image, &passed) {
+        return match resume(&room, &image, &passed, report) {
             Ok(never) => match never {},
             Err(error) => Err(format!("go on as a saved process: {error}")),
         };

@@ -61,14 +61,31 @@ const DENIED: &[i64] = &[
 const OWN_PROCESS_ONLY: &[i64] =
     &[libc::SYS_kill, libc::SYS_tgkill, libc::SYS_rt_sigqueueinfo, libc::SYS_rt_tgsigqueueinfo];
 
+/// Calls of the ABI that is called x32 have this bit in their number, and the architecture of all others.
+const OTHER_ABI: u32 = 0x4000_0000;
+
 /// Puts the filter in place. Last of all walls: setting the others up takes calls that it denies.
 pub(super) fn system_calls(walls: &mut Walls) {
     walls.build(Wall::SystemCalls, || {
         let filter = program(std::process::id()).map_err(|error| format!("make the filter: {error}"))?;
-        seccompiler::apply_filter(&filter)
-            .map_err(|error| -> Failure { format!("apply the filter: {error}") })?;
+        for filter in [filter, one_abi()] {
+            seccompiler::apply_filter(&filter)
+                .map_err(|error| -> Failure { format!("apply the filter: {error}") })?;
+        }
         Ok(format!("{} denied", DENIED.len() + OWN_PROCESS_ONLY.len()))
     });
+}
+
+/// Denies what the other filter would not know by its number.
+fn one_abi() -> BpfProgram {
+    let statement = |code: u32, jf: u8, k: u32| seccompiler::sock_filter { code: code as u16, jt: 0, jf, k };
+    vec![
+        // The number comes first in `struct seccomp_data`.
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        statement(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, 1, OTHER_ABI),
+        statement(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM.unsigned_abs()),
+        statement(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ALLOW),
+    ]
 }
 
 /// Denied to a process that goes on as another: it has its program, and that one's own filter (QEMU's `-sandbox`) does not
@@ -125,6 +142,10 @@ pub(super) fn no_programs() -> io::Result<()> {
     rules.insert(libc::SYS_clone, vec![process]);
     let denied = SeccompAction::Errno(libc::EPERM.unsigned_abs());
     apply(SeccompFilter::new(rules, SeccompAction::Allow, denied, TargetArch::x86_64))?;
+    // The kernel's end of the heap is not where the saved process has its own. This is what a heap that cannot grow answers, and
+    // that one's memory then comes from elsewhere.
+    let rules = BTreeMap::from([(libc::SYS_brk, Vec::new())]);
+    apply(SeccompFilter::new(rules, SeccompAction::Allow, SeccompAction::Errno(0), TargetArch::x86_64))?;
     // Its arguments lie in memory, where a filter does not see them: the C library takes the older call then.
     let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
     let unknown = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
@@ -158,9 +179,14 @@ mod tests {
             // SAFETY: it changes nothing.
             #[allow(unsafe_code)]
             let identity = unsafe { libc::syscall(libc::SYS_setuid, libc::getuid()) };
-            (started.map_err(|error| error.kind()), other, identity)
+            // SAFETY: the kernel answers, and changes nothing.
+            #[allow(unsafe_code)]
+            let heap = unsafe { libc::syscall(libc::SYS_brk, 0) };
+            let memory = vec![1_u8; 8 << 20].len();
+            (started.map_err(|error| error.kind()), other, identity, heap, memory)
         });
-        let (started, other, identity) = confined.join().expect("the thread");
+        let (started, other, identity, heap, memory) = confined.join().expect("the thread");
+        assert_eq!((heap, memory), (0, 8 << 20));
         assert_eq!(started, Err(std::io::ErrorKind::PermissionDenied));
         assert_eq!((other, identity), (Some(1), -1));
     }

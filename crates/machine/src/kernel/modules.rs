@@ -27,14 +27,13 @@ const fn optional(name: &'static str) -> Root {
     Root { name, optional: true }
 }
 
-/// What a machine and its file systems need: the transport, the port, disks, network, entropy, then file systems. Checksums come
+/// What a machine and its file systems need: the transport, the port, disks, network, then file systems. Checksums come
 /// before the file systems that look them up by name, since no `modprobe` answers the kernel's request in the guest.
 pub(crate) const ROOTS: &[Root] = &[
     required("virtio_mmio"),
     required("virtio_console"),
     required("virtio_blk"),
     required("virtio_net"),
-    optional("virtio_rng"),
     required("fuse"),
     required("overlay"),
     optional("crc32c_generic"),

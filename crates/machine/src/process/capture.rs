@@ -11,8 +11,12 @@ use std::time::{Duration, Instant};
 use super::format::{
     Action, Content, Descriptor, Interest, KernelMapping, Kind, Mapping, Process, Registers, Thread,
 };
-use crate::memory::{self, CHUNK, OwnPages};
+use crate::memory::{self, CHUNK, Capture, OwnPages};
 
+/// How often all threads are looked for in their system calls.
+const ATTEMPTS: usize = 100;
+/// Most threads: one for each processor, those of the disks, and some.
+const THREADS_LIMIT: usize = 256;
 /// How long a thread may take to stop; it waits anyhow.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Most bytes of pages that are saved: an emulator has some 200 MiB of its own, half of them translations.
@@ -30,28 +34,45 @@ const SET: u64 = 8;
 /// The kernel's results that say that a call is to be made again (`linux/errno.h`): `ERESTARTSYS` to `ERESTART_RESTARTBLOCK`.
 const AGAIN: std::ops::RangeInclusive<i64> = -516..=-512;
 
-/// Saves process `id`, which must stand still in its system calls, into `target`, an empty file. `memory` is behind its
-/// guest's memory, which is not saved. `passed` has names for its descriptors by number, `files` for those of files. Returns
-/// the paths of the programs and libraries whose content is saved with it.
+/// Saves the process of a machine, which must stand still in its system calls, into `target`, an empty file. `machine` has its
+/// guest's memory, which is not saved. `passed` has names for its descriptors by number, `files` for those of files, all of
+/// which it must hold open. Returns the paths of the programs and libraries whose content is
+/// saved with it.
 ///
 /// # Errors
 /// If the process may not be looked into or is not of the kind that can be saved, or the disk is full. It goes on in any
 /// case.
 pub(crate) fn capture(
-    id: u32,
-    memory: &File,
+    machine: &Capture,
     passed: &[(i32, &str)],
     files: &[(String, File)],
     target: &File,
 ) -> io::Result<Vec<PathBuf>> {
+    save(machine.process(), machine.base(), &|| machine.has_ended(), (passed, files), target)
+}
+
+/// What a process's descriptors are called: by number, by file.
+type Names<'a> = (&'a [(i32, &'a str)], &'a [(String, File)]);
+
+fn save(
+    id: u32,
+    memory: &File,
+    has_ended: &dyn Fn() -> bool,
+    names: Names<'_>,
+    target: &File,
+) -> io::Result<Vec<PathBuf>> {
     let id = i32::try_from(id).map_err(|_| Error::from(ErrorKind::InvalidInput))?;
-    let stopped = Stopped::all_of(id)?;
-    let source = File::options().read(true).write(true).open(format!("/proc/{id}/mem"))?;
+    let stopped = Stopped::at_rest(id)?;
+    // Its number could be another's by now.
+    if has_ended() {
+        return Err(unusual("it has ended"));
+    }
+    let source = File::open(format!("/proc/{id}/mem"))?;
     let main = stopped.threads.first().ok_or_else(|| unusual("no thread"))?;
     let actions = actions(main, &source)?;
     let threads =
         stopped.threads.iter().map(|thread| describe(thread, id, &source)).collect::<io::Result<_>>()?;
-    let descriptors = descriptors(id, memory, passed, files)?;
+    let descriptors = descriptors(id, memory, names)?;
     let Mapped { mappings, kernel_mappings, files, end } = mappings(id, memory, &source, target)?;
     let slack = fs::read_to_string(format!("/proc/{id}/timerslack_ns")).ok();
     let timer_slack_ns = slack.and_then(|slack| slack.trim().parse().ok()).unwrap_or(50_000);
@@ -71,6 +92,19 @@ struct Stopped {
 }
 
 impl Stopped {
+    /// All in their system calls. One that has just answered may not be back there yet.
+    fn at_rest(process: i32) -> io::Result<Self> {
+        for _ in 0..ATTEMPTS {
+            let stopped = Self::all_of(process)?;
+            if stopped.threads.iter().all(Tracee::waits) {
+                return Ok(stopped);
+            }
+            drop(stopped);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Err(unusual("it does not come to rest"))
+    }
+
     fn all_of(process: i32) -> io::Result<Self> {
         let mut stopped = Self { threads: Vec::new() };
         // Until no new one is seen: a thread that has not stopped yet may start another.
@@ -82,6 +116,9 @@ impl Stopped {
                 .collect();
             ids.sort_by_key(|id| (*id != process, *id));
             for id in ids {
+                if stopped.threads.len() >= THREADS_LIMIT {
+                    return Err(unusual("it has too many threads"));
+                }
                 if stopped.threads.iter().all(|thread| thread.id != id) {
                     stopped.threads.push(Tracee::stop(id)?);
                 }
@@ -97,11 +134,15 @@ impl Stopped {
 struct Tracee {
     id: i32,
     registers: libc::user_regs_struct,
+    /// The signals it has blocked: each step of it unblocks one.
+    blocked: u64,
 }
 
 impl Drop for Tracee {
     fn drop(&mut self) {
         let _ = set_registers(self.id, &self.registers);
+        let blocked = (&raw const self.blocked).addr();
+        let _ = request(libc::PTRACE_SETSIGMASK, self.id, SET as usize, blocked);
         let _ = request(libc::PTRACE_DETACH, self.id, 0, 0);
     }
 }
@@ -109,13 +150,15 @@ impl Drop for Tracee {
 impl Tracee {
     fn stop(id: i32) -> io::Result<Self> {
         request(libc::PTRACE_SEIZE, id, 0, 0)?;
-        let stop = || -> io::Result<libc::user_regs_struct> {
+        let stop = || -> io::Result<(libc::user_regs_struct, u64)> {
             request(libc::PTRACE_INTERRUPT, id, 0, 0)?;
             wait(id)?;
-            registers(id)
+            let mut blocked = 0_u64;
+            request(libc::PTRACE_GETSIGMASK, id, SET as usize, (&raw mut blocked).addr())?;
+            Ok((registers(id)?, blocked))
         };
         match stop() {
-            Ok(registers) => Ok(Self { id, registers }),
+            Ok((registers, blocked)) => Ok(Self { id, registers, blocked }),
             Err(error) => {
                 let _ = request(libc::PTRACE_DETACH, id, 0, 0);
                 Err(error)
@@ -149,8 +192,13 @@ impl Tracee {
         };
         set_registers(self.id, &registers)?;
         request(libc::PTRACE_SINGLESTEP, self.id, 0, 0)?;
-        wait(self.id)?;
-        let result = self::registers(self.id)?.rax.cast_signed();
+        let status = wait(self.id)?;
+        let after = self::registers(self.id)?;
+        // A signal that came between stops it as well, before the call.
+        if status >> 8 != libc::SIGTRAP || after.rip != self.registers.rip {
+            return Err(unusual("it was interrupted"));
+        }
+        let result = after.rax.cast_signed();
         if (-4095..0).contains(&result) {
             return Err(Error::from_raw_os_error(i32::try_from(-result).unwrap_or(libc::EIO)));
         }
@@ -159,7 +207,7 @@ impl Tracee {
 
     /// Where it can be given something, or give it.
     fn scratch(&self) -> u64 {
-        (self.registers.rsp - SCRATCH) & !15
+        self.registers.rsp.wrapping_sub(SCRATCH) & !15
     }
 }
 
@@ -168,7 +216,7 @@ fn describe(thread: &Tracee, process: i32, memory: &File) -> io::Result<Thread> 
     if thread.waits() && AGAIN.contains(&regs.rax.cast_signed()) {
         // The call is made again, as the kernel would have it.
         regs.rax = regs.orig_rax;
-        regs.rip -= SYSCALL.len() as u64;
+        regs.rip = regs.rip.wrapping_sub(SYSCALL.len() as u64);
     }
     const PR_GET_TID_ADDRESS: u64 = 40;
     let at = thread.scratch();
@@ -182,8 +230,6 @@ fn describe(thread: &Tracee, process: i32, memory: &File) -> io::Result<Thread> 
     if result != 0 {
         return Err(Error::last_os_error());
     }
-    let mut blocked = 0_u64;
-    request(libc::PTRACE_GETSIGMASK, thread.id, SET as usize, (&raw mut blocked).addr())?;
     let mut sequence = RseqConfiguration::default();
     let size = size_of::<RseqConfiguration>();
     request(libc::PTRACE_GET_RSEQ_CONFIGURATION, thread.id, size, (&raw mut sequence).addr())?;
@@ -214,7 +260,7 @@ fn describe(thread: &Tracee, process: i32, memory: &File) -> io::Result<Thread> 
             thread_base: regs.fs_base,
         },
         extended: extended(thread.id)?,
-        blocked,
+        blocked: thread.blocked,
         robust_list,
         id_address: u64::from_ne_bytes(id_address),
         sequence_address: sequence.address,
@@ -248,12 +294,7 @@ fn actions(thread: &Tracee, memory: &File) -> io::Result<Vec<Action>> {
 }
 
 /// Its open descriptors.
-fn descriptors(
-    process: i32,
-    memory: &File,
-    passed: &[(i32, &str)],
-    files: &[(String, File)],
-) -> io::Result<Vec<Descriptor>> {
+fn descriptors(process: i32, memory: &File, (passed, files): Names<'_>) -> io::Result<Vec<Descriptor>> {
     let identity = |data: &fs::Metadata| (data.dev(), data.ino());
     let memory = identity(&memory.metadata()?);
     let mut known = vec![(memory, super::MEMORY)];
@@ -301,7 +342,11 @@ fn descriptors(
         let kind = kind.ok_or_else(|| unusual(format!("descriptor {number} is {link}")))?;
         all.push(Descriptor { number, flags, kind });
     }
-    Ok(all)
+    let has = |name: &String| all.iter().any(|held| matches!(&held.kind, Kind::Passed(held) if held == name));
+    match files.iter().find(|(name, _)| !has(name)) {
+        Some((name, _)) => Err(unusual(format!("it does not hold its {name}"))),
+        None => Ok(all),
+    }
 }
 
 /// Lines `tfd: 7 events: 19 data: 7f00 ...` of `/proc/PID/fdinfo/N`.
@@ -348,7 +393,8 @@ fn mappings(process: i32, memory: &File, source: &File, target: &File) -> io::Re
         let add = |mappings: &mut Vec<Mapping>, content| {
             mappings.push(Mapping { start, length, protection: area.protection, content });
         };
-        if area.inode == memory.ino() && area.inode != 0 && length <= memory.len() {
+        // The same number may be a file's elsewhere.
+        if area.inode == memory.ino() && name.starts_with("/memfd:") && length <= memory.len() {
             add(&mut mappings, Content::Memory(area.offset));
             continue;
         }
@@ -358,7 +404,7 @@ fn mappings(process: i32, memory: &File, source: &File, target: &File) -> io::Re
         if name == "[stack]" {
             // What it could still grow by.
             mappings.push(Mapping {
-                start: start - STACK,
+                start: start.checked_sub(STACK).ok_or_else(|| unusual("its stack"))?,
                 length: STACK,
                 protection: area.protection,
                 content: Content::Empty,
@@ -423,8 +469,8 @@ fn request(request: libc::c_uint, thread: i32, address: usize, data: usize) -> i
     }
 }
 
-/// Waits until a thread has stopped.
-fn wait(thread: i32) -> io::Result<()> {
+/// Waits until a thread has stopped; how.
+fn wait(thread: i32) -> io::Result<i32> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let mut status = 0;
@@ -436,7 +482,7 @@ fn wait(thread: i32) -> io::Result<()> {
                 error if error.kind() == ErrorKind::Interrupted => {}
                 error => return Err(error),
             },
-            _ if libc::WIFSTOPPED(status) => return Ok(()),
+            _ if libc::WIFSTOPPED(status) => return Ok(status),
             _ => return Err(unusual("it has ended")),
         }
     }
@@ -487,7 +533,7 @@ mod tests {
             std::thread::sleep(Duration::from_millis(1));
         }
         let target = tempfile::tempfile().unwrap();
-        let files = capture(child.id(), &memory, &[], &[], &target).unwrap();
+        let files = save(child.id(), &memory, &|| false, (&[], &[]), &target).unwrap();
         echo();
         assert!(files.iter().any(|path| path.ends_with("cat")), "{files:?}");
         let saved = Process::read(&target).unwrap();

@@ -13,7 +13,9 @@
 //! ```
 //! What is saved is the state of one ordinary Linux process that waits: its private memory, its threads, and of its
 //! descriptors the kinds an event loop has (`eventfd`, `epoll`, `signalfd`); everything else must be named by whoever saves
-//! it and passed by whoever goes on. Anything unusual is an error: the machine then starts the longer way.
+//! it and passed by whoever goes on. Memory that is shared, other descriptors, threads that do not rest are errors: the machine
+//! then starts the longer way. What QEMU does not use is not looked for: timers, alternate stacks, locked memory. Its heap does
+//! not grow at its old end; files that it only reads and nobody names are closed.
 //!
 //! The file is ours and belongs to one boot of the host (the kernel's code that every process sees must be the same): its
 //! owner vouches for it, as for the machine's memory.

@@ -59,7 +59,7 @@ impl Room {
 }
 
 /// Becomes the process in `image`, with `passed` as its descriptors of those names. All others are closed, but for the first
-/// three.
+/// three; `report`, whose end says that it has become the other, last.
 ///
 /// # Errors
 /// If that cannot be; only its end is left for this process then.
@@ -67,6 +67,7 @@ pub(crate) fn resume(
     room: &Room,
     image: &File,
     passed: &BTreeMap<&str, &OwnedFd>,
+    report: &OwnedFd,
 ) -> io::Result<std::convert::Infallible> {
     let process = Process::read(image)?;
     let memory = passed.get(MEMORY).ok_or_else(|| invalid("it has no memory"))?;
@@ -80,7 +81,7 @@ pub(crate) fn resume(
     }
     move_kernel_mappings(room, &process.kernel_mappings)?;
     // From here on nothing asks the time, which the C library does in the code that was moved.
-    place_descriptors(&process.descriptors, passed)?;
+    place_descriptors(&process.descriptors, passed, report)?;
     // SAFETY: every pointer is of a value that lives through its call; no other thread exists, and no code of this program
     // runs after the last call, so nothing notices that its signals and its thread's variables are another's.
     unsafe {
@@ -101,6 +102,7 @@ pub(crate) fn resume(
             start(thread, block)?;
         }
         name(&main.0.name);
+        libc::close(report.as_raw_fd());
         agentkernel_become(main.1.start, main.0.registers.thread_base, main.0.id_address)
     }
 }
@@ -185,7 +187,11 @@ fn forget_sequence(thread: &Thread, mappings: &[Mapping]) -> io::Result<()> {
 }
 
 /// Makes its descriptors, each at its number.
-fn place_descriptors(wanted: &[Descriptor], passed: &BTreeMap<&str, &OwnedFd>) -> io::Result<()> {
+fn place_descriptors(
+    wanted: &[Descriptor],
+    passed: &BTreeMap<&str, &OwnedFd>,
+    report: &OwnedFd,
+) -> io::Result<()> {
     // Those that are passed make room first.
     let mut waiting = BTreeMap::new();
     for (name, descriptor) in passed {
@@ -193,7 +199,7 @@ fn place_descriptors(wanted: &[Descriptor], passed: &BTreeMap<&str, &OwnedFd>) -
     }
     let mut polls = Vec::new();
     for descriptor in wanted {
-        if !(3..WAITING).contains(&descriptor.number) {
+        if !(3..WAITING).contains(&descriptor.number) || descriptor.number == report.as_raw_fd() {
             return Err(invalid(format!("descriptor {}", descriptor.number)));
         }
         // SAFETY: each call only makes a descriptor.
@@ -243,7 +249,10 @@ fn place_descriptors(wanted: &[Descriptor], passed: &BTreeMap<&str, &OwnedFd>) -
             return Err(named(format!("place descriptor {}", descriptor.number)));
         }
     }
-    for number in (3..LIMIT).filter(|number| wanted.iter().all(|descriptor| descriptor.number != *number)) {
+    let is_kept = |number: &RawFd| {
+        *number == report.as_raw_fd() || wanted.iter().any(|descriptor| descriptor.number == *number)
+    };
+    for number in (3..LIMIT).filter(|number| !is_kept(number)) {
         // SAFETY: whoever owns it never uses it again: this program ends here.
         unsafe { libc::close(number) };
     }

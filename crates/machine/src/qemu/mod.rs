@@ -42,7 +42,7 @@ pub use arguments::AGENT_PORT;
 /// The program this driver runs.
 pub const PROGRAM: &str = "qemu-system-x86_64";
 
-/// `microvm` has 24 virtio transports; the port, the entropy source and the network card take three.
+/// `microvm` has 24 virtio transports; the port and the network card take two.
 const DISK_LIMIT: usize = 16;
 const CPU_LIMIT: u32 = 64;
 /// Most that the devices of a machine hold, in bytes; 100 KiB are usual.
@@ -185,6 +185,12 @@ pub enum StartError {
 }
 
 impl StartError {
+    /// Whether it is the machine's process that gave up, and not the host that has not got what it takes.
+    #[must_use]
+    pub fn is_of_process(&self) -> bool {
+        matches!(self, Self::Resume { .. } | Self::Jail { source: JailError::Setup { .. } })
+    }
+
     /// What the user can do about it.
     #[must_use]
     pub fn hint(&self) -> Option<String> {
@@ -262,7 +268,13 @@ pub async fn start(config: MachineConfig) -> Result<QemuMachine, StartError> {
         devices: Arc::new(devices),
     };
     if is_resumed {
-        machine.go_on(&durable).await.map_err(|source| StartError::Resume { source })?;
+        let gone_on = machine.go_on(&durable).await;
+        if gone_on.is_err() {
+            // Whoever starts another on the same disks must not find this one at work.
+            machine.process.kill();
+            let _ = machine.process.wait().await;
+        }
+        gone_on.map_err(|source| StartError::Resume { source })?;
     }
     Ok(machine)
 }
@@ -377,7 +389,7 @@ pub fn save_process(
     let disks = disks.into_iter().enumerate().map(number(arguments::DISK));
     let held = held.into_iter().enumerate().map(number(arguments::HELD));
     let files: Vec<(String, File)> = disks.chain(held).collect();
-    process::capture(memory.process(), memory.base(), &sockets, &files, target)
+    process::capture(memory, &sockets, &files, target)
 }
 
 /// Where QEMU writes the state of its devices: a file in memory that it can only write.

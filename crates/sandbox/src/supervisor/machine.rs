@@ -68,6 +68,7 @@ pub(super) async fn start(
             Some("take a new snapshot where it is to be restored"),
         ));
     }
+    let is_resumed = restore.as_ref().is_some_and(|(machine, _)| machine.process.is_some());
     let config = MachineConfig {
         kernel,
         restore: restore.map(|(machine, _)| machine),
@@ -84,8 +85,10 @@ pub(super) async fn start(
         kernel_arguments: Vec::new(),
         watchers: Some(Box::new(watchers)),
     };
-    let machine =
-        qemu::start(config).await.map_err(|error| problem("machine-start", &error, error.hint()))?;
+    let machine = qemu::start(config).await.map_err(|error| {
+        let code = if is_resumed && error.is_of_process() { "machine-resume" } else { "machine-start" };
+        problem(code, &error, error.hint())
+    })?;
     let stream = machine.take_stream();
     Ok(Started { machine: Arc::new(machine), accelerator, network: Arc::new(network), stream })
 }

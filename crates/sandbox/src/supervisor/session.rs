@@ -293,7 +293,13 @@ impl Session {
                 format!("the machine's process did not go on, its devices are loaded: {}", problem.message);
             tracing::info!("{text}");
             self.record.say("warning", &text);
-            saved::forget_process(&directory);
+            if ["machine-resume", "restore"].contains(&problem.code.as_ref()) {
+                saved::forget_process(&directory);
+            }
+            // It may have come far enough to write.
+            let disk = self.sandbox.path().join(crate::disk::FILE_NAME);
+            std::fs::remove_file(&disk).map_err(io("replace the disk"))?;
+            crate::disk::copy(&directory.join(crate::disk::FILE_NAME), &disk)?;
             resumed = self.resume(ground, lease, longer, exports).await;
         }
         let failed = match resumed {

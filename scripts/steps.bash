@@ -1,6 +1,6 @@
 # Sourced: runs named steps one after the other, goes on after a failure, and ends with a list of all of them.
 # If STEPS_FILE is set, each outcome is appended to it for a caller that sums up several scripts, and what a step that
-# failed said last to STEPS_FILE.said.
+# failed said last to STEPS_FILE.said; a step may take 40 minutes then, so that one that hangs is heard of.
 
 steps_names=()
 steps_results=()
@@ -14,7 +14,7 @@ step() {
     if [ -n "${STEPS_FILE-}" ]; then
         exec {said}> >(exec tee -- "$STEPS_FILE.step")
         writer=$!
-        "$@" >&"$said" 2>&1 {said}>&- || result="FAILED ($?)"
+        timeout --kill-after=30 2400 "$@" >&"$said" 2>&1 {said}>&- || result="FAILED ($?)"
         exec {said}>&-
         # Its end is waited for, but not for ever: a step may leave something running.
         for attempt in 1 2 3 4 5; do

@@ -7,12 +7,16 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
 /// Longest life of one command, whatever the machine: emulation on a busy host included.
 const PATIENCE: Duration = Duration::from_secs(240);
+
+/// Longest life of one test's world. Whatever waits for ever then loses what it waits for, and fails with a reason.
+const LIFE: Duration = Duration::from_secs(900);
 
 /// The program under test.
 pub(crate) fn program() -> PathBuf {
@@ -73,6 +77,8 @@ fn link_templates(state: &Path) {
 /// One test's world.
 pub(crate) struct Host {
     directory: TempDir,
+    /// Open as long as it lives.
+    _life: SyncSender<()>,
 }
 
 /// What a command said.
@@ -130,7 +136,8 @@ impl Host {
     pub(crate) fn bare() -> Self {
         fs::create_dir_all(scratch()).unwrap();
         let directory = tempfile::Builder::new().prefix("host-").tempdir_in(scratch()).unwrap();
-        let host = Self { directory };
+        let life = watch(directory.path());
+        let host = Self { directory, _life: life };
         fs::create_dir_all(host.project()).unwrap();
         fs::create_dir_all(host.home()).unwrap();
         host
@@ -225,29 +232,7 @@ impl Host {
 
     /// Processes with something of the state directory open, or named in their arguments: `(pid, program)`.
     pub(crate) fn processes(&self) -> Vec<(u32, String)> {
-        let state = self.state();
-        let mut found = Vec::new();
-        for entry in fs::read_dir("/proc").unwrap().flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
-                continue;
-            };
-            if pid == std::process::id() {
-                continue;
-            }
-            let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default().trim().to_owned();
-            let command_line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            let named = String::from_utf8_lossy(&command_line).contains(state.to_str().unwrap());
-            let descriptors = fs::read_dir(entry.path().join("fd")).into_iter().flatten().flatten();
-            let open = || {
-                descriptors
-                    .map(|fd| fs::read_link(fd.path()))
-                    .any(|link| link.is_ok_and(|link| link.starts_with(&state)))
-            };
-            if named || open() {
-                found.push((pid, name));
-            }
-        }
-        found
+        processes(&self.state())
     }
 
     /// Waits until a process with this name works in this world.
@@ -277,6 +262,76 @@ impl Host {
             assert!(Instant::now() < deadline, "no supervisor; there are {:?}", self.processes());
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+}
+
+/// Processes with something of `directory` open, or named in their arguments: `(pid, program)`.
+fn processes(directory: &Path) -> Vec<(u32, String)> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        if pid == std::process::id() {
+            continue;
+        }
+        let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default().trim().to_owned();
+        let command_line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let named = String::from_utf8_lossy(&command_line).contains(directory.to_str().unwrap());
+        let descriptors = fs::read_dir(entry.path().join("fd")).into_iter().flatten().flatten();
+        let open = || {
+            descriptors
+                .map(|fd| fs::read_link(fd.path()))
+                .any(|link| link.is_ok_and(|link| link.starts_with(directory)))
+        };
+        if named || open() {
+            found.push((pid, name));
+        }
+    }
+    found
+}
+
+/// Ends a world that lives too long, and says what was going on in it.
+fn watch(directory: &Path) -> SyncSender<()> {
+    let (life, end) = sync_channel(1);
+    let directory = directory.to_owned();
+    let test = std::thread::current().name().unwrap_or("a test").to_owned();
+    std::thread::spawn(move || {
+        for _ in 0..2 {
+            match end.recv_timeout(LIFE) {
+                Err(RecvTimeoutError::Timeout) => end_world(&test, &directory),
+                _ => return,
+            }
+        }
+        // What it waits for is nothing of its own: no other test would be heard of either.
+        std::process::abort();
+    });
+    life
+}
+
+fn end_world(test: &str, directory: &Path) {
+    let mut said = format!("{test} has lived longer than {} s\n", LIFE.as_secs());
+    let found = processes(directory);
+    for (pid, _) in &found {
+        let file = |name: &str| {
+            let bytes = fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
+            String::from_utf8_lossy(&bytes).replace('\0', " ")
+        };
+        let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        let waits = tasks.map(|task| fs::read_to_string(task.path().join("wchan")).unwrap_or_default());
+        let waits = waits.collect::<Vec<_>>().join(" ");
+        said += &format!("{pid} {} | {}| {waits}\n", file("cmdline"), file("stat"));
+    }
+    for sandbox in fs::read_dir(directory.join("state/sandboxes")).into_iter().flatten().flatten() {
+        let record = fs::read(sandbox.path().join("record")).unwrap_or_default();
+        let end = String::from_utf8_lossy(&record[record.len().saturating_sub(4096)..]).into_owned();
+        said += &format!("{}: {end}\n", sandbox.path().display());
+    }
+    // Past what the harness keeps until a test ends.
+    let _ = std::io::stderr().write_all(said.as_bytes());
+    for (pid, _) in found {
+        let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+        let _ = pid.map(|pid| rustix::process::kill_process(pid, rustix::process::Signal::KILL));
     }
 }
 

@@ -13,7 +13,7 @@ use super::format::{
 };
 use crate::memory::{self, CHUNK, Capture, OwnPages};
 
-/// How often all threads are looked for in their system calls.
+/// How often all threads are looked for at rest.
 const ATTEMPTS: usize = 100;
 /// Most threads: one for each processor, those of the disks, and some.
 const THREADS_LIMIT: usize = 256;
@@ -166,9 +166,10 @@ impl Tracee {
         }
     }
 
-    /// Whether it waits in a system call.
+    /// Whether it waits in a system call. One whose call has just ended, or never waits, may hold a mutex, and those that
+    /// know their owner know the thread's id, which is another in the process that goes on.
     fn waits(&self) -> bool {
-        self.registers.orig_rax.cast_signed() >= 0
+        self.registers.orig_rax.cast_signed() >= 0 && AGAIN.contains(&self.registers.rax.cast_signed())
     }
 
     /// Has it make a system call.
@@ -213,11 +214,9 @@ impl Tracee {
 
 fn describe(thread: &Tracee, process: i32, memory: &File) -> io::Result<Thread> {
     let mut regs = thread.registers;
-    if thread.waits() && AGAIN.contains(&regs.rax.cast_signed()) {
-        // The call is made again, as the kernel would have it.
-        regs.rax = regs.orig_rax;
-        regs.rip = regs.rip.wrapping_sub(SYSCALL.len() as u64);
-    }
+    // The call is made again, as the kernel would have it.
+    regs.rax = regs.orig_rax;
+    regs.rip = regs.rip.wrapping_sub(SYSCALL.len() as u64);
     const PR_GET_TID_ADDRESS: u64 = 40;
     let at = thread.scratch();
     thread.call(memory, libc::SYS_prctl, [PR_GET_TID_ADDRESS, at, 0, 0])?;

@@ -49,6 +49,8 @@ const CPU_LIMIT: u32 = 64;
 const DEVICES_LIMIT: u64 = 64 << 20;
 /// What a machine needs beside its guest's memory: QEMU itself and its translated code.
 pub(crate) const OVERHEAD_MIB: u64 = 192;
+/// How long a process that hung up may take to end by itself.
+const LAST_MOMENT: Duration = Duration::from_millis(200);
 /// QEMU's libraries, stacks and allocator arenas: address space, not memory.
 const ADDRESS_SPACE_MIB: u64 = 6144;
 
@@ -170,8 +172,10 @@ pub enum StartError {
         source: io::Error,
     },
     /// A saved process does not go on.
-    #[error("the saved process does not go on")]
+    #[error("the saved process does not go on ({exit})")]
     Resume {
+        /// How it ended.
+        exit: Exit,
         /// What it said.
         source: MachineError,
     },
@@ -267,14 +271,10 @@ pub async fn start(config: MachineConfig) -> Result<QemuMachine, StartError> {
         hardware,
         devices: Arc::new(devices),
     };
-    if is_resumed {
-        let gone_on = machine.go_on(&durable).await;
-        if gone_on.is_err() {
-            // Whoever starts another on the same disks must not find this one at work.
-            machine.process.kill();
-            let _ = machine.process.wait().await;
-        }
-        gone_on.map_err(|source| StartError::Resume { source })?;
+    if is_resumed && let Err(source) = machine.go_on(&durable).await {
+        // Whoever starts another on the same disks must not find this one at work.
+        let exit = machine.stop(LAST_MOMENT).await;
+        return Err(StartError::Resume { exit, source });
     }
     Ok(machine)
 }

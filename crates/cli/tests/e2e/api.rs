@@ -13,7 +13,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::clients::{Server, script, sources};
-use crate::host::{Host, finish, is_root, set_mode, signal};
+use crate::host::{Host, PATIENCE, finish, is_root, set_mode, signal};
 
 /// A request whose answer may come later, or never be read.
 struct Asked(TcpStream);
@@ -22,6 +22,7 @@ impl Asked {
     #[track_caller]
     fn new(url: &str, method: &str, path: &str, headers: &str, body: &Value) -> Self {
         let mut stream = TcpStream::connect(url.strip_prefix("http://").unwrap()).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let body = if body.is_null() { String::new() } else { body.to_string() };
         let length = body.len();
         let kind = "content-type: application/json\r\nconnection: close\r\nhost: localhost";
@@ -387,6 +388,8 @@ fn sandboxes_outlive_the_server_and_temporary_ones_do_not() {
     let server = Server::start(&host, &[]);
     data(&server, "POST", "/sandboxes", &small("dev"));
     let mut events = Asked::new(&server.url, "GET", "/events", "", &Value::Null);
+    // From its answer on nothing is missed.
+    events.wait_for("200 OK");
     let body = json!({ "command": ["sh", "-c", "echo up; sleep 1000"] });
     let mut run = Asked::new(&server.url, "POST", "/run/stream", "", &body);
     run.wait_for("up\\n");

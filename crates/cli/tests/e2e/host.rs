@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// Longest life of one command, whatever the machine: emulation on a busy host included.
-const PATIENCE: Duration = Duration::from_secs(240);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(240);
 
 /// Longest life of one test's world. Whatever waits for ever then loses what it waits for, and fails with a reason.
 const LIFE: Duration = Duration::from_secs(900);
@@ -45,9 +45,8 @@ fn prepared() -> &'static Path {
         for arguments in [&["setup", "--warm", "host"][..], &["gc"]] {
             let mut command = Command::new(program());
             command.args(arguments).env("AGENTKERNEL_HOME", &state).env("HOME", &home).env("PATH", PATH);
-            let output = command.current_dir(&home).output().unwrap();
-            let said = String::from_utf8_lossy(&output.stderr);
-            assert!(output.status.success(), "{arguments:?} failed: {said}");
+            command.current_dir(&home);
+            prepare(&format!("{arguments:?}"), command);
         }
         state
     })
@@ -395,7 +394,20 @@ impl Running {
 
 /// Runs `command` with `input` to its end.
 #[track_caller]
-pub(crate) fn finish(mut command: Command, input: &[u8]) -> Said {
+pub(crate) fn finish(command: Command, input: &[u8]) -> Said {
+    finish_within(PATIENCE, command, input)
+}
+
+/// Prepares what all tests share; it is downloaded or compiled, and may take as long as a test.
+#[track_caller]
+pub(crate) fn prepare(what: &str, mut command: Command) {
+    command.stdin(Stdio::null());
+    let said = finish_within(LIFE, command, b"");
+    assert!(said.status.success(), "{what}: {}", said.stderr);
+}
+
+#[track_caller]
+fn finish_within(patience: Duration, mut command: Command, input: &[u8]) -> Said {
     if !input.is_empty() {
         command.stdin(Stdio::piped());
     }
@@ -420,7 +432,7 @@ pub(crate) fn finish(mut command: Command, input: &[u8]) -> Said {
             stdout.read_to_end(&mut bytes).unwrap();
             bytes
         });
-        let status = wait(&mut child);
+        let status = wait_within(patience, &mut child);
         Said { status, stdout: stdout.join().unwrap(), stderr: stderr.join().unwrap() }
     })
 }
@@ -428,14 +440,19 @@ pub(crate) fn finish(mut command: Command, input: &[u8]) -> Said {
 /// Waits for `child`, not for ever.
 #[track_caller]
 pub(crate) fn wait(child: &mut Child) -> ExitStatus {
-    let deadline = Instant::now() + PATIENCE;
+    wait_within(PATIENCE, child)
+}
+
+#[track_caller]
+fn wait_within(patience: Duration, child: &mut Child) -> ExitStatus {
+    let deadline = Instant::now() + patience;
     loop {
         if let Some(status) = child.try_wait().unwrap() {
             return status;
         }
         if Instant::now() > deadline {
             let _ = child.kill();
-            panic!("a command ran longer than {} s", PATIENCE.as_secs());
+            panic!("a command ran longer than {} s", patience.as_secs());
         }
         std::thread::sleep(Duration::from_millis(5));
     }

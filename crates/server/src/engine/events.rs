@@ -45,9 +45,15 @@ impl Watch {
 }
 
 impl Engine {
-    /// Listens to what happens from now on in all sandboxes.
-    pub fn watch(&self) -> Watch {
-        Watch { receiver: self.shared.events.subscribe() }
+    /// Listens to what happens in all sandboxes from now on: whatever begins after this has returned is heard of.
+    pub async fn watch(&self) -> Watch {
+        let mut records = self.shared.records.lock().await;
+        let receiver = self.shared.events.subscribe();
+        if records.is_none() {
+            let engine = self.clone();
+            *records = tokio::task::spawn_blocking(move || Records::begin(&engine)).await.ok();
+        }
+        Watch { receiver }
     }
 
     /// A sandbox's record, or all of them, oldest first; of each the newest entries.
@@ -90,23 +96,22 @@ fn told(engine: &Engine, sandbox: &str, entry: agentkernel_sandbox::record::Entr
 
 /// Reads records while somebody listens, and tells of sandboxes that go.
 pub(super) async fn watch(shared: Weak<Shared>) {
-    let mut known: Option<Records> = None;
     loop {
         tokio::time::sleep(GLANCE).await;
         let Some(shared) = shared.upgrade() else { return };
+        let mut known = shared.records.lock().await;
+        let records = known.take();
         if shared.events.receiver_count() == 0 {
-            known = None;
             continue;
         }
         let engine = Engine { shared: shared.clone() };
-        let records = known.take();
         let read = tokio::task::spawn_blocking(move || {
             let mut records = records.unwrap_or_else(|| Records::begin(&engine));
             let entries = records.read(&engine);
             (records, entries)
         });
         let Ok((records, entries)) = read.await else { return };
-        known = Some(records);
+        *known = Some(records);
         for entry in entries {
             // Who stopped listening meanwhile misses nothing.
             let _ = shared.events.send(Arc::new(entry));
@@ -115,7 +120,8 @@ pub(super) async fn watch(shared: Weak<Shared>) {
 }
 
 /// The records of all sandboxes, as far as they were read.
-struct Records {
+#[derive(Debug)]
+pub(super) struct Records {
     readers: HashMap<PathBuf, (String, LogReader)>,
 }
 

@@ -103,6 +103,8 @@ struct Shared {
     /// One review at a time: each rewrites its sandbox's change set.
     review: Mutex<()>,
     events: broadcast::Sender<Arc<LogEntry>>,
+    /// What is read for those who listen; `None` while nobody does.
+    records: Mutex<Option<events::Records>>,
 }
 
 /// A place among the runs.
@@ -136,6 +138,7 @@ impl Engine {
             held: Arc::default(),
             review: Mutex::default(),
             events,
+            records: Mutex::default(),
         });
         tokio::spawn(chores(Arc::downgrade(&shared)));
         tokio::spawn(events::watch(Arc::downgrade(&shared)));

@@ -57,7 +57,7 @@ pub(crate) async fn audit(State(app): State<App>, Query(query): Query<AuditQuery
 #[utoipa::path(get, path = "/events", tag = "record",
     responses((status = 200, description = "Server-sent events.", body = String, content_type = "text/event-stream")))]
 pub(crate) async fn events(State(app): State<App>) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
-    let watch = app.engine.watch();
+    let watch = app.engine.watch().await;
     let events = futures::stream::unfold((watch, app), async |(mut watch, app)| {
         let next = tokio::select! {
             next = watch.next() => next?,

@@ -8,17 +8,11 @@ use std::sync::OnceLock;
 
 use rustix::process::Signal;
 
-use crate::host::{Host, Running, Said, finish, scratch, signal};
+use crate::host::{Host, Running, Said, finish, prepare, scratch, signal};
 
 /// Where the scripts and the lists of what they need are.
 pub(crate) fn sources() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/clients").canonicalize().unwrap()
-}
-
-#[track_caller]
-fn install(what: &str, command: &mut Command) {
-    let output = command.output().unwrap_or_else(|error| panic!("{what}: {error}"));
-    assert!(output.status.success(), "{what}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// Whether a directory was made of what `list` says now; it is emptied if not.
@@ -41,10 +35,12 @@ pub(crate) fn python() -> &'static Path {
     PYTHON.get_or_init(|| {
         let (directory, list) = (scratch().join("clients-python"), sources().join("requirements.txt"));
         if !is_made(&directory, &list) {
-            install("a virtual environment", Command::new("python3").args(["-m", "venv"]).arg(&directory));
+            let mut venv = Command::new("python3");
+            venv.args(["-m", "venv"]).arg(&directory);
+            prepare("a virtual environment", venv);
             let mut pip = Command::new(directory.join("bin/pip"));
             pip.args(["install", "--quiet", "--disable-pip-version-check", "--no-deps", "-r"]).arg(&list);
-            install("packages of Python", &mut pip);
+            prepare("packages of Python", pip);
             made(&directory, &list);
         }
         directory.join("bin/python")
@@ -66,7 +62,7 @@ pub(crate) fn node() -> &'static Path {
         if !has_packages {
             let mut npm = Command::new("npm");
             npm.args(["ci", "--silent", "--no-audit", "--no-fund"]).current_dir(&directory);
-            install("packages of Node", &mut npm);
+            prepare("packages of Node", npm);
             made(&directory, &list);
         }
         directory
@@ -86,7 +82,8 @@ pub(crate) fn rust() -> &'static Path {
         for name in ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "RUSTC_WORKSPACE_WRAPPER"] {
             cargo.env_remove(name);
         }
-        install("the client in Rust", cargo.arg("--target-dir").arg(&target));
+        cargo.arg("--target-dir").arg(&target);
+        prepare("the client in Rust", cargo);
         target.join("debug/agentkernel-clients")
     })
 }

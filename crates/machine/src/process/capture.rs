@@ -501,6 +501,26 @@ mod tests {
         assert_eq!(interests("pos: 0").unwrap(), []);
     }
 
+    /// One that is in system calls all the time, and waits in none, is not saved in the middle of one.
+    #[test]
+    fn a_process_that_never_waits_is_refused() {
+        let mut command = std::process::Command::new("/bin/dd");
+        command.args(["if=/dev/zero", "of=/dev/null", "bs=1"]).stderr(std::process::Stdio::null());
+        let mut child = command.spawn().unwrap();
+        let works =
+            || fs::read_link(format!("/proc/{}/fd/1", child.id())).is_ok_and(|to| to.ends_with("null"));
+        while !works() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let file = tempfile::tempfile().unwrap();
+        let saved = save(child.id(), &file, &|| false, (&[], &[]), &file);
+        assert!(saved.unwrap_err().to_string().ends_with("it does not come to rest"));
+        // It goes on.
+        assert!(child.try_wait().unwrap().is_none());
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
     /// Saved, a process goes on as if nothing had been.
     #[test]
     fn a_process_is_saved_and_goes_on() {

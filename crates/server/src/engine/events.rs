@@ -110,7 +110,8 @@ pub(super) async fn watch(shared: Weak<Shared>) {
             let entries = records.read(&engine);
             (records, entries)
         });
-        let Ok((records, entries)) = read.await else { return };
+        // The next reading begins anew.
+        let Ok((records, entries)) = read.await else { continue };
         *known = Some(records);
         for entry in entries {
             // Who stopped listening meanwhile misses nothing.
